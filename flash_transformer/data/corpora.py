@@ -3,19 +3,20 @@
 # %% auto #0
 __all__ = ['HUB', 'CORPORA', 'read_lines', 'load_corpus']
 
-# %% ../../nbs/3_data/02_corpora.ipynb #3fb7aca7
+# %% ../../nbs/3_data/02_corpora.ipynb #28d79afd
 import gzip
 import warnings
 import zlib
 from difflib import get_close_matches
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, config, load_dataset
 
-# %% ../../nbs/3_data/02_corpora.ipynb #3a52ccf4
+# %% ../../nbs/3_data/02_corpora.ipynb #7b7b6259
 def _find(prefix, language):
     "PREFIX.language or PREFIX.language.gz, whichever is there"
     plain = Path(f"{prefix}.{language}")
@@ -28,7 +29,7 @@ def _find(prefix, language):
     raise FileNotFoundError(f"There is no {plain} nor {plain}.gz; in {folder} there is: {listed}. "
                             f"A split is given as PREFIX, and PREFIX.{language} is read.")
 
-# %% ../../nbs/3_data/02_corpora.ipynb #d6b9434b
+# %% ../../nbs/3_data/02_corpora.ipynb #14e89c31
 def read_lines(path): # a text file in UTF-8, plain or .gz
     """
     The lines of a file, one str each, ended by a newline (or carriage return and newline) and by nothing else.
@@ -51,21 +52,21 @@ def read_lines(path): # a text file in UTF-8, plain or .gz
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: broken .gz after line {n} ({error}). Fetch or pack it again.") from error
 
-# %% ../../nbs/3_data/02_corpora.ipynb #5fdbb0de
+# %% ../../nbs/3_data/02_corpora.ipynb #dafe06e8
 def _read_pairs(prefix, source, target):
     "Two aligned text files as a `Dataset`"
     paths = [_find(prefix, language) for language in (source, target)]
-    sides = ([], [])
-    for pair in zip_longest(*(read_lines(path) for path in paths)):
-        for side, line in zip(sides, pair):
-            if line is not None: side.append(line)
-    counts = [len(side) for side in sides]
+    lines = zip_longest(*(read_lines(path) for path in paths))   # None where the shorter file has ended
+    columns = ([], [])
+    while some := list(islice(lines, 10_000)):                   # into Arrow bit by bit: a tenth of the memory
+        for column, side in zip(columns, zip(*some)): column.append(pa.array(side, pa.string()))
+    counts = [sum(len(chunk) - chunk.null_count for chunk in column) for column in columns]
     for path, count in zip(paths, counts):
         if count == 0: raise ValueError(f"{path} is empty.")
     if counts[0] != counts[1]:
         raise ValueError(f"{paths[0]} has {counts[0]} lines, {paths[1]} has {counts[1]}: line n of the one must be"
                          " the translation of line n of the other.")
-    return Dataset.from_dict({"source": sides[0], "target": sides[1]})
+    return Dataset(pa.table({name: pa.chunked_array(column) for name, column in zip(("source", "target"), columns)}))
 
 
 def _drop_empty(pairs, name):
@@ -83,11 +84,11 @@ def _drop_empty(pairs, name):
         pairs = pairs.select(np.flatnonzero(full))
     return pairs
 
-# %% ../../nbs/3_data/02_corpora.ipynb #a73864c3
+# %% ../../nbs/3_data/02_corpora.ipynb #ca7a81c5
 HUB = {"multi30k": "bentrevett/multi30k", "wmt14": "wmt/wmt14", "opus_books": "Helsinki-NLP/opus_books"}
 CORPORA = ("toy", "files", *HUB)
 
-# %% ../../nbs/3_data/02_corpora.ipynb #e231a2f5
+# %% ../../nbs/3_data/02_corpora.ipynb #c3de774a
 def _config(corpus, source, target):
     "The name a hub corpus gives to a pair of languages"
     if corpus == "wmt14": return f"{target}-{source}" if source == "en" else f"{source}-{target}"   # English last
@@ -97,17 +98,17 @@ def _config(corpus, source, target):
 
 def _load_hub(corpus, source, target, path, seed):
     "A corpus of the hub, or of a local folder of the same layout, as source and target columns"
-    where, config = str(path or HUB[corpus]), _config(corpus, source, target)
+    where, name = str(path or HUB[corpus]), _config(corpus, source, target)
     if path is not None and not Path(path).is_dir():
         raise FileNotFoundError(f"There is no folder {path}; path is a local copy of {HUB[corpus]}.")
-    try: splits = load_dataset(where, config)
+    try: splits = load_dataset(where, name)
     except Exception as error:   # the hub's libraries raise a dozen unrelated types
-        reason = " ".join(str(error).split())
-        asked = f"{where}, config {config}" if config else where
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        asked = f"{where}, config {name}," if name else where
         raise ConnectionError(
-            f"Could not load {asked} {'from that folder' if path else 'from the Hugging Face hub'}: {reason[:300]} "
-            "Ways out: data.path = a local copy of that dataset; your own text files (data.train and so on);"
-            " or data.corpus = toy, which needs no network.") from error
+            f"Could not load {asked} from {'this folder' if path else config.HF_ENDPOINT} ({reason}). Ways out: --data.path"
+            " with a local copy of that dataset, --data.train with text files of your own, or --data.corpus toy,"
+            " which needs no network.") from error
     splits = DatasetDict({name: _columns(split, source, target, where) for name, split in splits.items()})
     if set(splits) == {"train"}: splits = _hold_out(splits["train"], seed)
     return splits
@@ -132,7 +133,7 @@ def _hold_out(pairs, seed):
     parts = {"train": order[2 * held:], "validation": order[:held], "test": order[held:2 * held]}
     return DatasetDict({name: pairs.select(np.sort(index)) for name, index in parts.items()})
 
-# %% ../../nbs/3_data/02_corpora.ipynb #70890bf6
+# %% ../../nbs/3_data/02_corpora.ipynb #168a9f53
 def load_corpus(
     corpus:str="toy",      # toy | files | multi30k | wmt14 | opus_books
     train:str=None,        # files: PREFIX of PREFIX.en and PREFIX.de, plain or .gz; giving a prefix means files
@@ -169,4 +170,5 @@ def load_corpus(
         if not prefixes: raise ValueError("The corpus 'files' needs a prefix: train, validation or test.")
         splits = DatasetDict({name: _read_pairs(prefix, source, target) for name, prefix in prefixes.items()})
     else: splits = _load_hub(corpus, source, target, path, seed)
-    return DatasetDict({name: _drop_empty(pairs, f"{corpus} {name}") for name, pairs in splits.items()})
+    for name, pairs in splits.items(): splits[name] = _drop_empty(pairs, f"{corpus} {name}")
+    return splits

@@ -3,20 +3,20 @@
 # %% auto #0
 __all__ = ['PAD', 'UNK', 'BOS', 'EOS', 'SPECIALS', 'WORDS', 'TokenizerPair']
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #522ad473
+# %% ../../nbs/3_data/03_tokenizers.ipynb #2742313a
 import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #5559cd22
+# %% ../../nbs/3_data/03_tokenizers.ipynb #ead9ffca
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #2e96486a
+# %% ../../nbs/3_data/03_tokenizers.ipynb #9b6ffdfb
 WORDS = r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #6ca3dac1
+# %% ../../nbs/3_data/03_tokenizers.ipynb #59f89c4e
 def _blank(kind):
     "An untrained tokenizer of this kind, and what trains it"
     split = pre_tokenizers.Split(Regex(r"[\s\S]" if kind == "char" else WORDS), "isolated")
@@ -65,7 +65,7 @@ def _read(path):
                              "This tokenizer was not made by flash_transformer.")
     return tokenizer
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #e488a840
+# %% ../../nbs/3_data/03_tokenizers.ipynb #dbf05837
 class TokenizerPair:
     "Text to ids and back, for both sides of a translation; `joint` when the two sides share one vocabulary"
     def __init__(self,
@@ -135,7 +135,7 @@ class TokenizerPair:
             raise FileNotFoundError(f"{folder} has no {wanted}: there is no tokenizer to load.")
         return cls(*(_read(path) for path in sides))
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #60736172
+# %% ../../nbs/3_data/03_tokenizers.ipynb #e1c40006
 def _encode(tokenizer, texts):
     if isinstance(texts, str): raise TypeError("Give a list of sentences, not one str.")
     texts = list(texts)
@@ -150,7 +150,7 @@ def _encode(tokenizer, texts):
 
 
 def _decode(tokenizer, ids):
-    rows = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in ids]   # tensors and arrays are welcome
     single = not rows or not hasattr(rows[0], "__len__")
     rows = [[i for i in row if i not in (PAD, BOS, EOS)] for row in ([rows] if single else rows)]
     texts = tokenizer.decode_batch(rows, skip_special_tokens=False)
