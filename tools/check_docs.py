@@ -148,8 +148,8 @@ class Heading(NamedTuple):
 
 class Document:
     "What links need to know of a file: what it links to, and the places in it that can be linked to"
-    def __init__(self):
-        self.links, self.headings, self.ids, self.attachments = [], [], set(), set()
+    def __init__(self, page=False):
+        self.page, self.links, self.headings, self.ids, self.attachments = page, [], [], set(), set()
 
     def add_markdown(self, text):
         for token in _parse(text):
@@ -177,6 +177,8 @@ class Document:
         "Ids of the headings, numbered where they repeat, and the explicit ones"
         seen, out = Counter(), set(self.ids)
         for h in self.headings:
+            if self.page and h.level == 1:
+                continue  # a page's title has no id on the site
             s = slug(h.text)
             out.add(f"{s}-{seen[s]}" if seen[s] else s)
             seen[s] += 1
@@ -207,7 +209,7 @@ def github_slug(text):
 
 def document(path):
     "Read a notebook or a markdown file"
-    doc = Document()
+    doc = Document(page=path.suffix == ".ipynb")
     if path.suffix != ".ipynb":
         doc.add_markdown(path.read_text(encoding="utf-8"))
         return doc
