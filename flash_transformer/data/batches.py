@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Batch', 'EncodedPairs', 'plan_batches', 'batches', 'padding_waste']
 
-# %% ../../nbs/3_data/04_batches.ipynb #3cfa17b2
+# %% ../../nbs/3_data/04_batches.ipynb #dae59a5b
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tokenizers import PAD
 
-# %% ../../nbs/3_data/04_batches.ipynb #82b15431
+# %% ../../nbs/3_data/04_batches.ipynb #1ddbc2e0
 class Batch(NamedTuple):
     "Sentence pairs as padded ids: what one training step sees"
     source: Tensor          # (batch, source_len) encoder input x… </s>, then <pad>
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
         "The same batch elsewhere"
         return Batch(*(x.to(device, non_blocking=non_blocking) for x in self))
 
-# %% ../../nbs/3_data/04_batches.ipynb #06d0525b
+# %% ../../nbs/3_data/04_batches.ipynb #0b65eb22
 def _offsets(lengths):
     "Where each sentence starts in the flat array, and where the last one ends"
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -43,7 +43,7 @@ def _rows(flat, starts, lengths):
     where = np.where(real, starts[:, None] + column, 0)         # b l: which token goes where
     return torch.from_numpy(np.where(real, flat[where], PAD).astype(np.int64))
 
-# %% ../../nbs/3_data/04_batches.ipynb #bee0cadd
+# %% ../../nbs/3_data/04_batches.ipynb #45491cbf
 class EncodedPairs:
     "A corpus as ids: each side one flat array of all tokens, and the offsets at which its sentences start"
     def __init__(self,
@@ -92,7 +92,7 @@ class EncodedPairs:
                      target=_rows(self.target, target_starts, t),
                      labels=_rows(self.target, target_starts + 1, t), target_lengths=torch.from_numpy(t))
 
-# %% ../../nbs/3_data/04_batches.ipynb #5dbdb591
+# %% ../../nbs/3_data/04_batches.ipynb #366bf8eb
 def plan_batches(
     source_lengths:np.ndarray, # (pairs,) tokens of each source sentence
     target_lengths:np.ndarray, # (pairs,) labels of each target sentence
@@ -129,7 +129,7 @@ def plan_batches(
         start += rows
     return [plan[i] for i in rng.permutation(len(plan))] if shuffle else plan
 
-# %% ../../nbs/3_data/04_batches.ipynb #faf60dfd
+# %% ../../nbs/3_data/04_batches.ipynb #a6325fb5
 def batches(
     pairs:EncodedPairs,    # the corpus
     tokens_per_batch:int,  # as in `plan_batches`
@@ -140,9 +140,10 @@ def batches(
 ):
     "The batches of one epoch, as a generator of `Batch`"
     plan = plan_batches(pairs.source_lengths, pairs.target_lengths, tokens_per_batch, seed, epoch, shuffle)
-    for indices in plan[start:]: yield pairs.batch(indices)
+    for indices in plan[start:]:
+        yield pairs.batch(indices)
 
-# %% ../../nbs/3_data/04_batches.ipynb #516dc4a0
+# %% ../../nbs/3_data/04_batches.ipynb #ac9bfd40
 def padding_waste(
     source_lengths:np.ndarray, # (pairs,)
     target_lengths:np.ndarray, # (pairs,)

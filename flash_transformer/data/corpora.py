@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['HUB', 'CORPORA', 'read_lines', 'load_corpus']
 
-# %% ../../nbs/3_data/02_corpora.ipynb #28d79afd
+# %% ../../nbs/3_data/02_corpora.ipynb #b9d6f535
 import gzip
 import warnings
 import zlib
@@ -16,20 +16,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, config, load_dataset
 
-# %% ../../nbs/3_data/02_corpora.ipynb #7b7b6259
+# %% ../../nbs/3_data/02_corpora.ipynb #d1ebde2e
 def _find(prefix, language):
     "PREFIX.language or PREFIX.language.gz, whichever is there"
     plain = Path(f"{prefix}.{language}")
     for path in plain, Path(f"{plain}.gz"):
-        if path.is_file(): return path
+        if path.is_file():
+            return path
     folder = plain.parent
-    if not folder.is_dir(): raise FileNotFoundError(f"There is no {plain} nor {plain}.gz: no such folder as {folder}.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no {plain} nor {plain}.gz: no such folder as {folder}.")
     there = sorted(p.name for p in folder.iterdir())
     listed = ", ".join(there[:12]) + (", …" if len(there) > 12 else "") if there else "nothing"
     raise FileNotFoundError(f"There is no {plain} nor {plain}.gz; in {folder} there is: {listed}. "
                             f"A split is given as PREFIX, and PREFIX.{language} is read.")
 
-# %% ../../nbs/3_data/02_corpora.ipynb #14e89c31
+# %% ../../nbs/3_data/02_corpora.ipynb #7add94be
 def read_lines(path): # a text file in UTF-8, plain or .gz
     """
     The lines of a file, one str each, ended by a newline (or carriage return and newline) and by nothing else.
@@ -41,28 +43,32 @@ def read_lines(path): # a text file in UTF-8, plain or .gz
     try:
         with opened(path, "rb") as file:
             for n, line in enumerate(file, 1):              # binary: splits at b"\n" alone
-                if n == 1: line = line.removeprefix(b"\xef\xbb\xbf")   # the mark some editors put first
+                if n == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")   # the mark some editors put first
                 if b"\0" in line:
                     raise ValueError(f"{path}, line {n}: a NUL byte. This is not a plain text file in UTF-8"
                                      " (UTF-16, perhaps?); convert it.")
-                try: yield line.removesuffix(b"\n").removesuffix(b"\r").decode()
+                try:
+                    yield line.removesuffix(b"\n").removesuffix(b"\r").decode()
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{path}, line {n}: byte {error.start + 1} (0x{line[error.start]:02x}) is not"
                                      " UTF-8. Convert the file, or delete the line on both sides.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: broken .gz after line {n} ({error}). Fetch or pack it again.") from error
 
-# %% ../../nbs/3_data/02_corpora.ipynb #dafe06e8
+# %% ../../nbs/3_data/02_corpora.ipynb #2443039e
 def _read_pairs(prefix, source, target):
     "Two aligned text files as a `Dataset`"
     paths = [_find(prefix, language) for language in (source, target)]
     lines = zip_longest(*(read_lines(path) for path in paths))   # None where the shorter file has ended
     columns = ([], [])
     while some := list(islice(lines, 10_000)):                   # into Arrow bit by bit: a tenth of the memory
-        for column, side in zip(columns, zip(*some)): column.append(pa.array(side, pa.string()))
+        for column, side in zip(columns, zip(*some)):
+            column.append(pa.array(side, pa.string()))
     counts = [sum(len(chunk) - chunk.null_count for chunk in column) for column in columns]
     for path, count in zip(paths, counts):
-        if count == 0: raise ValueError(f"{path} is empty.")
+        if count == 0:
+            raise ValueError(f"{path} is empty.")
     if counts[0] != counts[1]:
         raise ValueError(f"{paths[0]} has {counts[0]} lines, {paths[1]} has {counts[1]}: line n of the one must be"
                          " the translation of line n of the other.")
@@ -76,7 +82,8 @@ def _drop_empty(pairs, name):
         text = [pc.fill_null(pc.utf8_trim_whitespace(part[side]), "") for side in ("source", "target")]
         full.append(pc.and_(*(pc.not_equal(side, "") for side in text)).to_numpy(zero_copy_only=False))
     full = np.concatenate(full) if full else np.zeros(0, bool)
-    if not full.any(): raise ValueError(f"{name} has no pair with text on both sides.")
+    if not full.any():
+        raise ValueError(f"{name} has no pair with text on both sides.")
     if not full.all():
         gone = np.flatnonzero(~full)
         warnings.warn(f"{name}: dropped {len(gone)} of {len(full)} pairs that are empty on a side"
@@ -84,15 +91,17 @@ def _drop_empty(pairs, name):
         pairs = pairs.select(np.flatnonzero(full))
     return pairs
 
-# %% ../../nbs/3_data/02_corpora.ipynb #ca7a81c5
+# %% ../../nbs/3_data/02_corpora.ipynb #8628352b
 HUB = {"multi30k": "bentrevett/multi30k", "wmt14": "wmt/wmt14", "opus_books": "Helsinki-NLP/opus_books"}
 CORPORA = ("toy", "files", *HUB)
 
-# %% ../../nbs/3_data/02_corpora.ipynb #c3de774a
+# %% ../../nbs/3_data/02_corpora.ipynb #7a963f78
 def _config(corpus, source, target):
     "The name a hub corpus gives to a pair of languages"
-    if corpus == "wmt14": return f"{target}-{source}" if source == "en" else f"{source}-{target}"   # English last
-    if corpus == "opus_books": return "-".join(sorted((source, target)))                            # alphabetical
+    if corpus == "wmt14":
+        return f"{target}-{source}" if source == "en" else f"{source}-{target}"   # English last
+    if corpus == "opus_books":
+        return "-".join(sorted((source, target)))                            # alphabetical
     return None
 
 
@@ -101,16 +110,18 @@ def _load_hub(corpus, source, target, path, seed):
     where, name = str(path or HUB[corpus]), _config(corpus, source, target)
     if path is not None and not Path(path).is_dir():
         raise FileNotFoundError(f"There is no folder {path}; path is a local copy of {HUB[corpus]}.")
-    try: splits = load_dataset(where, name)
+    try:
+        splits = load_dataset(where, name)
     except Exception as error:   # the hub's libraries raise a dozen unrelated types
         reason = " ".join(str(error).split())[:200].rstrip(".")
         asked = f"{where}, config {name}," if name else where
+        place = "this folder" if path else config.HF_ENDPOINT
         raise ConnectionError(
-            f"Could not load {asked} from {'this folder' if path else config.HF_ENDPOINT} ({reason}). Ways out: --data.path"
-            " with a local copy of that dataset, --data.train with text files of your own, or --data.corpus toy,"
-            " which needs no network.") from error
+            f"Could not load {asked} from {place} ({reason}). Ways out: --data.path with a local copy of that dataset,"
+            " --data.train with text files of your own, or --data.corpus toy, which needs no network.") from error
     splits = DatasetDict({name: _columns(split, source, target, where) for name, split in splits.items()})
-    if set(splits) == {"train"}: splits = _hold_out(splits["train"], seed)
+    if set(splits) == {"train"}:
+        splits = _hold_out(splits["train"], seed)
     return splits
 
 
@@ -128,12 +139,13 @@ def _columns(split, source, target, where):
 def _hold_out(pairs, seed):
     "Validation and test out of a corpus that has only a train split: 1,000 pairs each, or a tenth if that is less"
     held = max(1, min(1000, len(pairs) // 10))
-    if len(pairs) < 3: raise ValueError(f"{len(pairs)} pairs are too few for train, validation and test.")
+    if len(pairs) < 3:
+        raise ValueError(f"{len(pairs)} pairs are too few for train, validation and test.")
     order = np.random.default_rng(seed).permutation(len(pairs))
     parts = {"train": order[2 * held:], "validation": order[:held], "test": order[held:2 * held]}
     return DatasetDict({name: pairs.select(np.sort(index)) for name, index in parts.items()})
 
-# %% ../../nbs/3_data/02_corpora.ipynb #168a9f53
+# %% ../../nbs/3_data/02_corpora.ipynb #13ad8467
 def load_corpus(
     corpus:str="toy",      # toy | files | multi30k | wmt14 | opus_books
     train:str=None,        # files: PREFIX of PREFIX.en and PREFIX.de, plain or .gz; giving a prefix means files
@@ -153,12 +165,14 @@ def load_corpus(
     """
     prefixes = {"train": train, "validation": validation, "test": test}
     prefixes = {name: prefix for name, prefix in prefixes.items() if prefix is not None}
-    if prefixes: corpus = "files"
+    if prefixes:
+        corpus = "files"
     if corpus not in CORPORA:
         near = get_close_matches(str(corpus), CORPORA, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"There is no corpus {corpus!r}.{hint} There are: {', '.join(CORPORA)}.")
-    if source == target: raise ValueError(f"Source and target are both {source!r}: a translation needs two.")
+    if source == target:
+        raise ValueError(f"Source and target are both {source!r}: a translation needs two.")
     if path is not None and corpus not in HUB:
         raise ValueError(f"path replaces the hub for {', '.join(HUB)}; the corpus here is {corpus!r}.")
     if corpus == "toy":
@@ -167,8 +181,11 @@ def load_corpus(
         from flash_transformer.data.toy import toy_corpus
         return toy_corpus(seed=seed)
     if corpus == "files":
-        if not prefixes: raise ValueError("The corpus 'files' needs a prefix: train, validation or test.")
+        if not prefixes:
+            raise ValueError("The corpus 'files' needs a prefix: train, validation or test.")
         splits = DatasetDict({name: _read_pairs(prefix, source, target) for name, prefix in prefixes.items()})
-    else: splits = _load_hub(corpus, source, target, path, seed)
-    for name, pairs in splits.items(): splits[name] = _drop_empty(pairs, f"{corpus} {name}")
+    else:
+        splits = _load_hub(corpus, source, target, path, seed)
+    for name, pairs in splits.items():
+        splits[name] = _drop_empty(pairs, f"{corpus} {name}")
     return splits

@@ -3,20 +3,20 @@
 # %% auto #0
 __all__ = ['PAD', 'UNK', 'BOS', 'EOS', 'SPECIALS', 'WORDS', 'TokenizerPair']
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #2742313a
+# %% ../../nbs/3_data/03_tokenizers.ipynb #e9eabde7
 import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #ead9ffca
+# %% ../../nbs/3_data/03_tokenizers.ipynb #26165766
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #9b6ffdfb
+# %% ../../nbs/3_data/03_tokenizers.ipynb #5709d9c4
 WORDS = r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #59f89c4e
+# %% ../../nbs/3_data/03_tokenizers.ipynb #e7ddefdb
 def _blank(kind):
     "An untrained tokenizer of this kind, and what trains it"
     split = pre_tokenizers.Split(Regex(r"[\s\S]" if kind == "char" else WORDS), "isolated")
@@ -31,7 +31,8 @@ def _blank(kind):
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
         tokenizer.pre_tokenizer = split
         decode = [decoders.Fuse()]
-        if kind == "word": decode.insert(0, decoders.Replace("<unk>", " <unk>"))
+        if kind == "word":
+            decode.insert(0, decoders.Replace("<unk>", " <unk>"))
         trainer = dict(cls=trainers.WordLevelTrainer)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
     tokenizer.decoder = decoders.Sequence([*decode, decoders.Strip(" ", 1, 0)])
@@ -50,13 +51,16 @@ def _train(texts, kind, vocab_size):
 
 def _sentences(pairs, columns):
     for part in pairs.select_columns(columns).iter(batch_size=1000):
-        for column in columns: yield part[column]
+        for column in columns:
+            yield part[column]
 
 
 def _read(path):
     "A tokenizer from its file, with the special ids where the rest of the library expects them"
-    try: tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
     except Exception as error:   # the Rust side raises a bare Exception
         raise ValueError(f"{path} is not a tokenizer's file ({error}). Train it again, or copy it again.") from error
     for i, special in enumerate(SPECIALS):
@@ -65,7 +69,7 @@ def _read(path):
                              "This tokenizer was not made by flash_transformer.")
     return tokenizer
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #dbf05837
+# %% ../../nbs/3_data/03_tokenizers.ipynb #45d76569
 class TokenizerPair:
     "Text to ids and back, for both sides of a translation; `joint` when the two sides share one vocabulary"
     def __init__(self,
@@ -88,8 +92,10 @@ class TokenizerPair:
         if vocab_size < least:
             why = "256 bytes and 4 special tokens" if kind == "bpe" else "4 special tokens and one of the text's"
             raise ValueError(f"vocab_size={vocab_size} is too small: {kind} needs {least} at the least ({why}).")
-        if not len(pairs): raise ValueError("There are no pairs to train a tokenizer on.")
-        if joint: return cls(*[_train(_sentences(pairs, ["source", "target"]), kind, vocab_size)] * 2)
+        if not len(pairs):
+            raise ValueError("There are no pairs to train a tokenizer on.")
+        if joint:
+            return cls(*[_train(_sentences(pairs, ["source", "target"]), kind, vocab_size)] * 2)
         return cls(*(_train(_sentences(pairs, [side]), kind, vocab_size) for side in ("source", "target")))
 
     @property
@@ -119,15 +125,19 @@ class TokenizerPair:
         "Writes `tokenizer.json`, or `source.json` and `target.json` when not joint"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in "tokenizer", "source", "target": (folder / f"{name}.json").unlink(missing_ok=True)
-        if self.joint: self.source.save(str(folder / "tokenizer.json"))
-        else: self.source.save(str(folder / "source.json")), self.target.save(str(folder / "target.json"))
+        for name in "tokenizer", "source", "target":
+            (folder / f"{name}.json").unlink(missing_ok=True)
+        if self.joint:
+            self.source.save(str(folder / "tokenizer.json"))
+        else:
+            self.source.save(str(folder / "source.json")), self.target.save(str(folder / "target.json"))
 
     @classmethod
     def load(cls, folder): # where `save` wrote
         "The pair that `save` wrote. Raises `FileNotFoundError` or `ValueError` that names the file."
         folder = Path(folder)
-        if (folder / "tokenizer.json").is_file(): return cls(*[_read(folder / "tokenizer.json")] * 2)
+        if (folder / "tokenizer.json").is_file():
+            return cls(*[_read(folder / "tokenizer.json")] * 2)
         sides = [folder / "source.json", folder / "target.json"]
         missing = [path.name for path in sides if not path.is_file()]
         if missing:
@@ -135,15 +145,19 @@ class TokenizerPair:
             raise FileNotFoundError(f"{folder} has no {wanted}: there is no tokenizer to load.")
         return cls(*(_read(path) for path in sides))
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #e1c40006
+# %% ../../nbs/3_data/03_tokenizers.ipynb #e0d87d7a
 def _encode(tokenizer, texts):
-    if isinstance(texts, str): raise TypeError("Give a list of sentences, not one str.")
+    if isinstance(texts, str):
+        raise TypeError("Give a list of sentences, not one str.")
     texts = list(texts)
-    try: return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except TypeError:
         for i, text in enumerate(texts):
-            if not isinstance(text, str): raise TypeError(f"Text {i} is no str but {type(text).__name__}.") from None
-            try: text.encode()
+            if not isinstance(text, str):
+                raise TypeError(f"Text {i} is no str but {type(text).__name__}.") from None
+            try:
+                text.encode()
             except UnicodeEncodeError:
                 raise ValueError(f"Text {i} holds a lone surrogate, which is no character: {text[:40]!r}.") from None
         raise
