@@ -185,6 +185,15 @@ def test_broken_pages_are_found(house):
         assert said in f
 
 
+@pytest.mark.parametrize("source, found", [
+    ("import os\nos.getcwd()", True), ("def f():\n    import os\n    return os.getcwd()\nx = f()", True),
+    ("import os\nfrom json import dumps", False), ("#| export\nimport os\nx = 1", False),
+    ("#| eval: false\nimport os\nx = 1", False), ("%matplotlib inline\nimport os\nx = 1", False), ("x = 1", False)])
+def test_imports_stand_alone(house, source, found):
+    append(house / FIRST, cell("code", source))
+    assert [FIRST in p and "imports and does other" in p for p in problems(house)] == [True] * found
+
+
 def test_reading_order_counts_as_people_do():
     names = ["index.ipynb", "2_b/9_y.ipynb", "2_b/10_x.ipynb", "10_z/01_a.ipynb", "cli.ipynb"]
     assert sorted(reversed(names), key=book.reading_order) == sorted(sorted(names), key=book.reading_order) == names

@@ -3,9 +3,11 @@
 Runs nbdev_proc_nbs, which makes of the chapters in nbs/ the pages in _proc/ that Quarto renders, and checks that
   - _quarto.yml, nbdev.yml and sidebar.yml parse and belong together,
   - every page is in the sidebar once, in reading order, and nothing else is,
-  - every page has its title, no output that is an error, an address of its own, and is of a size to load,
+  - every page has its title, no output that is an error, an address of its own, a size that loads, and imports in cells
+    of their own,
   - every internal link, anchor and picture of the pages, README.md and CONTRIBUTING.md leads somewhere.
 """
+import ast
 import html
 import os
 import re
@@ -46,12 +48,8 @@ def process(root=ROOT, workers=2):
         done = subprocess.run([tool, "--n_workers", str(workers)], cwd=root, env=env, capture_output=True, text=True)
     if done.returncode:
         return [f"nbdev_proc_nbs failed:\n{(done.stdout + done.stderr)[-4000:]}"]
-    # nbdev imports and defines for its tables of arguments, but runs nothing else: such cells must stand alone
-    mixed = done.stderr.count("Found cells containing imports and other code")
-    problems = [f"{mixed} cells import and do other things at once: put the imports into cells of their own, since "
-                f"nbdev runs only those for the site\n{done.stderr[-4000:]}"] if mixed else []
     expected = [p.as_posix() for p in pages(root)] + ["_quarto.yml", "nbdev.yml", "sidebar.yml"]
-    return problems + [f"nbdev_proc_nbs left no _proc/{p}" for p in expected if not (root / "_proc" / p).is_file()]
+    return [f"nbdev_proc_nbs left no _proc/{p}" for p in expected if not (root / "_proc" / p).is_file()]
 
 
 # -- the site's frame --------------------------------------------------------------------------------------------
@@ -116,8 +114,22 @@ def check_sidebar(root=ROOT):
     return problems
 
 
+def imports_and_more(cell):
+    """Does this cell import and do something else? For its tables of arguments nbdev runs the cells that export or
+    import, and no others: what such a cell needs of an earlier one is not there, and it may take long."""
+    marks = directives(cell["source"])
+    if cell["cell_type"] != "code" or any(re.match(r"export|exec_doc|eval: *false", m) for m in marks):
+        return False
+    try:
+        nodes = list(ast.walk(ast.parse(cell["source"])))
+    except SyntaxError:  # magics: nbdev does not run those either
+        return False
+    return (any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes)
+            and any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes))
+
+
 def check_pages(root=ROOT):
-    "Title, outputs, address and size of each page"
+    "Title, outputs, imports, address and size of each page"
     nbs, problems, addresses = Path(root) / "nbs", [], {}
     for page in pages(root):
         name, path = f"nbs/{page.as_posix()}", nbs / page
@@ -129,6 +141,8 @@ def check_pages(root=ROOT):
             problems.append(f"{name}: has more than one heading of the first level")
         if any(o["output_type"] == "error" for c in cells for o in c.get("outputs", [])):
             problems.append(f"{name}: was committed with an error among its outputs")
+        problems += [f"{name}: the cell that begins {c['source'].strip().splitlines()[0]!r} imports and does other "
+                     "things; the imports belong in a cell of their own" for c in cells if imports_and_more(c)]
         if path.stat().st_size > MAX_BYTES:
             problems.append(f"{name}: {path.stat().st_size:,} bytes; {MAX_BYTES:,} are the most")
         # nbdev takes the number off a page's name for its address
