@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Batch', 'EncodedPairs', 'plan_batches', 'batches', 'padding_waste']
 
-# %% ../../nbs/3_data/04_batches.ipynb #dae59a5b
+# %% ../../nbs/3_data/04_batches.ipynb #3b74a060
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tokenizers import PAD
 
-# %% ../../nbs/3_data/04_batches.ipynb #1ddbc2e0
+# %% ../../nbs/3_data/04_batches.ipynb #f5d3091d
 class Batch(NamedTuple):
     "Sentence pairs as padded ids: what one training step sees"
     source: Tensor          # (batch, source_len) encoder input x… </s>, then <pad>
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
         "The same batch elsewhere"
         return Batch(*(x.to(device, non_blocking=non_blocking) for x in self))
 
-# %% ../../nbs/3_data/04_batches.ipynb #0b65eb22
+# %% ../../nbs/3_data/04_batches.ipynb #a733cc4c
 def _offsets(lengths):
     "Where each sentence starts in the flat array, and where the last one ends"
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -43,7 +43,7 @@ def _rows(flat, starts, lengths):
     where = np.where(real, starts[:, None] + column, 0)         # b l: which token goes where
     return torch.from_numpy(np.where(real, flat[where], PAD).astype(np.int64))
 
-# %% ../../nbs/3_data/04_batches.ipynb #45491cbf
+# %% ../../nbs/3_data/04_batches.ipynb #10a0f0f1
 class EncodedPairs:
     "A corpus as ids: each side one flat array of all tokens, and the offsets at which its sentences start"
     def __init__(self,
@@ -92,7 +92,7 @@ class EncodedPairs:
                      target=_rows(self.target, target_starts, t),
                      labels=_rows(self.target, target_starts + 1, t), target_lengths=torch.from_numpy(t))
 
-# %% ../../nbs/3_data/04_batches.ipynb #366bf8eb
+# %% ../../nbs/3_data/04_batches.ipynb #5fd67cd9
 def plan_batches(
     source_lengths:np.ndarray, # (pairs,) tokens of each source sentence
     target_lengths:np.ndarray, # (pairs,) labels of each target sentence
@@ -113,13 +113,11 @@ def plan_batches(
         raise ValueError(f"Pair {i} has {longest[i]} tokens, more than tokens_per_batch={tokens_per_batch}:"
                          " raise tokens_per_batch, or drop such pairs by max_length.")
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(s)) if shuffle else np.arange(len(s))
-    turn = rng.integers(2) if shuffle else 0
-    s, t, longest = s[order], t[order], longest[order]
-    # by the longer side; among equals by what the source has more, to and fro, so that neighbours stay alike
-    difference = np.where(longest % 2 == turn, s - t, t - s)
-    ranked = np.lexsort((difference, longest))          # stable: equals stay as shuffled
-    order, longest = order[ranked], longest[ranked]
+    # by the longer side; among equals by what the source has more, to and fro, so that neighbours stay alike;
+    # a pinch of noise, worth one token, so that each epoch mixes them anew
+    difference = np.where(longest % 2, s - t, t - s) + (rng.uniform(-1, 1, len(s)) if shuffle else 0)
+    order = np.lexsort((difference, longest))
+    longest = longest[order]
     plan, start = [], 0
     while start < len(order):
         ahead = longest[start:start + tokens_per_batch // longest[start]]
@@ -129,7 +127,7 @@ def plan_batches(
         start += rows
     return [plan[i] for i in rng.permutation(len(plan))] if shuffle else plan
 
-# %% ../../nbs/3_data/04_batches.ipynb #a6325fb5
+# %% ../../nbs/3_data/04_batches.ipynb #36c7ab69
 def batches(
     pairs:EncodedPairs,    # the corpus
     tokens_per_batch:int,  # as in `plan_batches`
@@ -143,7 +141,7 @@ def batches(
     for indices in plan[start:]:
         yield pairs.batch(indices)
 
-# %% ../../nbs/3_data/04_batches.ipynb #ac9bfd40
+# %% ../../nbs/3_data/04_batches.ipynb #2024e6a6
 def padding_waste(
     source_lengths:np.ndarray, # (pairs,)
     target_lengths:np.ndarray, # (pairs,)

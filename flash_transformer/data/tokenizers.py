@@ -3,20 +3,20 @@
 # %% auto #0
 __all__ = ['PAD', 'UNK', 'BOS', 'EOS', 'SPECIALS', 'WORDS', 'TokenizerPair']
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #e9eabde7
+# %% ../../nbs/3_data/03_tokenizers.ipynb #5fc475ab
 import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #26165766
+# %% ../../nbs/3_data/03_tokenizers.ipynb #f2c18ff1
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #5709d9c4
-WORDS = r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+# %% ../../nbs/3_data/03_tokenizers.ipynb #1d4d1588
+WORDS = r" ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{M}\p{N}]{1,64}|\s{1,64}(?!\S)|\s"
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #e7ddefdb
+# %% ../../nbs/3_data/03_tokenizers.ipynb #1994b702
 def _blank(kind):
     "An untrained tokenizer of this kind, and what trains it"
     split = pre_tokenizers.Split(Regex(r"[\s\S]" if kind == "char" else WORDS), "isolated")
@@ -69,7 +69,7 @@ def _read(path):
                              "This tokenizer was not made by flash_transformer.")
     return tokenizer
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #45d76569
+# %% ../../nbs/3_data/03_tokenizers.ipynb #50c533bd
 class TokenizerPair:
     "Text to ids and back, for both sides of a translation; `joint` when the two sides share one vocabulary"
     def __init__(self,
@@ -145,7 +145,7 @@ class TokenizerPair:
             raise FileNotFoundError(f"{folder} has no {wanted}: there is no tokenizer to load.")
         return cls(*(_read(path) for path in sides))
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #e0d87d7a
+# %% ../../nbs/3_data/03_tokenizers.ipynb #e9fd3fdc
 def _encode(tokenizer, texts):
     if isinstance(texts, str):
         raise TypeError("Give a list of sentences, not one str.")
