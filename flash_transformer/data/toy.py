@@ -7,14 +7,14 @@ __all__ = ['CASES', 'ARTICLE', 'STRONG', 'WEAK', 'EIN_WORDS', 'NUMERALS', 'BEFOR
            'english_rest', 'german_middle', 'statement', 'question', 'subordinate', 'clause', 'Pair', 'finish',
            'sentence', 'toy_corpus']
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #086fab74
+# %% ../../nbs/3_data/01_toy_language.ipynb #fd7683bc
 import random
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #a271fe16
+# %% ../../nbs/3_data/01_toy_language.ipynb #8903404e
 @dataclass(frozen=True)
 class Word:
     "A word of one language, and the keys it shares with the words of the other that it translates"
@@ -39,7 +39,7 @@ def link(text): # groups "english:german"; an underscore joins words of one grou
         phrase += Phrase(*(tuple(Word(w, key) for w in side.split("_") if w) for side in group.split(":")))
     return phrase
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #b8c10567
+# %% ../../nbs/3_data/01_toy_language.ipynb #438287f8
 CASES = ("nom", "acc", "dat")
 
 
@@ -73,7 +73,7 @@ def decline(stem, case, gender, shown): # shown: the determiner shows gender and
     "An adjective with its ending"
     return stem + (WEAK if shown else STRONG)[case][gender]
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #b1c733c6
+# %% ../../nbs/3_data/01_toy_language.ipynb #378b19ce
 def _table(text): # lines of cells between bars
     return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
 
@@ -102,7 +102,7 @@ def _noun(english, german, kinds, takes):
     gender = {"der": "m", "die": "f", "das": "n"}[article]
     return Noun(en[0], plural, gender, forms, frozenset(kinds.split()), takes)
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #bf4e1a36
+# %% ../../nbs/3_data/01_toy_language.ipynb #452ba458
 NOUNS = [_noun(*row) for row in _table("""
     man men              | der Mann Männer               | person adult                  | a
     woman women          | die Frau Frauen               | person adult                  | a
@@ -142,7 +142,7 @@ NOUNS = [_noun(*row) for row in _table("""
     bed beds             | das Bett Betten               | furniture                     | a my
 """)]
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #414e79ed
+# %% ../../nbs/3_data/01_toy_language.ipynb #8f5e56db
 @dataclass(frozen=True)
 class Adjective:
     english: str
@@ -158,7 +158,7 @@ def _adjective(english, german, kinds, mark):
     return Adjective(english, de[0], de[-1], frozenset(kinds.split()), mark == "colour",
                      {"+": "because", "-": "although"}.get(mark, ""))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #2a8df927
+# %% ../../nbs/3_data/01_toy_language.ipynb #3e7914d3
 ADJECTIVES = [_adjective(*row) for row in _table("""
     old         | alt         | adult animal read goods art furniture place         | -
     young       | jung        | adult animal                                        |
@@ -179,7 +179,7 @@ ADJECTIVES = [_adjective(*row) for row in _table("""
 """)]
 STATES = {"tired": "müde", "ill": "krank", "happy": "glücklich", "hungry": "hungrig"}
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #a60ceef7
+# %% ../../nbs/3_data/01_toy_language.ipynb #bac5a7f5
 @dataclass(frozen=True)
 class NounPhrase:
     "A phrase in its case, and what the rest of the sentence must know about it"
@@ -205,7 +205,7 @@ def inflect(noun, case, number="s", det="the", adjectives=()): # number: s or p
     definite = det not in ("", "a", "no", *NUMERALS)
     return NounPhrase(words, number + "3", gender, definite, noun=noun, adjectives=tuple(adjectives))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #a50d7b06
+# %% ../../nbs/3_data/01_toy_language.ipynb #6aaeb158
 def _adjectives(rng, kinds): # none, one, or two of which the second is a colour
     fit = [a for a in ADJECTIVES if a.kinds & kinds]
     colours, others = [a for a in fit if a.colour], [a for a in fit if not a.colour]
@@ -247,7 +247,7 @@ def noun_phrase(
     det = _determiner(rng, noun, case, number, allow)
     return inflect(noun, case, number, det, _adjectives(rng, noun.kinds))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #b074023f
+# %% ../../nbs/3_data/01_toy_language.ipynb #8be76f84
 BEFORE_SUBJECT = {"mich", "mir", "ihn", "ihm", "ihr", "uns", "ihnen"}
 PRONOUNS = { # person and gender: English subject and object | German nominative, accusative, dative
     "s1": ("I me", "ich mich mir"), "s3m": ("he him", "er ihn ihm"), "s3f": ("she her", "sie sie ihr"),
@@ -281,7 +281,7 @@ def person(rng, case, allow="a no", avoid=""): # avoid: the subject's person; no
         return pronoun(rng.choice(fit), case)
     return noun_phrase(rng, "person", case, allow)
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #52d794b3
+# %% ../../nbs/3_data/01_toy_language.ipynb #6a210816
 CONTRACTIONS = {"in dem": "im", "in das": "ins", "an dem": "am", "zu dem": "zum", "zu der": "zur",
                 "von dem": "vom", "bei dem": "beim"}
 
@@ -293,7 +293,7 @@ def prepositional(prep, noun_phrase): # "into:in" and a noun phrase in the case 
     both = CONTRACTIONS.get(f"{first.text} {second.text}")  # one German word for two English ones
     return Phrase(words.en, (Word(both, first.keys + second.keys), *rest)) if both else words
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #d458fa24
+# %% ../../nbs/3_data/01_toy_language.ipynb #cfaf31a5
 @dataclass(frozen=True)
 class Place:
     noun: Noun
@@ -317,7 +317,7 @@ PLACES = [Place(_noun(en, de, "place", ""), at, to, off, frozenset(kinds.split()
 CITIES = ["Berlin:Berlin", "Vienna:Wien", "Munich:München"]
 ROOM = ["on:auf", "under:unter", "next_to:neben", "behind:hinter"]
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #5a43922a
+# %% ../../nbs/3_data/01_toy_language.ipynb #f00e3ae7
 def place(rng, way, kinds): # way: at, to, off; kinds: "home,out"
     "Where, where to, where from"
     kinds = set(kinds.split(","))
@@ -331,7 +331,7 @@ def place(rng, way, kinds): # way: at, to, off; kinds: "home,out"
     return prepositional(prep, inflect(spot.noun, case, "s", rng.choice(["the"] * 8 + ["our", "a"]),
                                        _adjectives(rng, {"place"}) if rng.random() < 0.4 else ()))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #c079d3bf
+# %% ../../nbs/3_data/01_toy_language.ipynb #a81b86cc
 @dataclass(frozen=True)
 class Verb:
     english: str        # base: "get up"
@@ -352,7 +352,7 @@ def _verb(english, german, past, needs, tags):
     return Verb(en[0], en[1] if len(en) > 1 else "", particle, infinitive, de[1] if len(de) > 1 else "",
                 tuple(past.split()), subject, tuple(needs), frozenset(tags.split()))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #a9b8b0a3
+# %% ../../nbs/3_data/01_toy_language.ipynb #f63ae858
 VERBS = [_verb(*row) for row in _table("""
     buy bought       | kaufen          | hat gekauft      | acc:gift,goods,furniture   | shop
     sell sold        | verkaufen       | hat verkauft     | acc:animal,goods,furniture | shop
@@ -393,7 +393,7 @@ VERBS = [_verb(*row) for row in _table("""
     belong_to        | gehören         |                  | nom:thing dat:person       | state
 """)]
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #06ac4a6a
+# %% ../../nbs/3_data/01_toy_language.ipynb #135956b3
 IRREGULAR = { # what no rule gives, for s1, s3 and the plurals
     "be": "am is are", "was": "was was were", "have": "have has have", "do": "do does do",
     "can": "can can can", "must": "must must must",
@@ -427,7 +427,7 @@ def german_present(infinitive, person, changed=""): # changed: the third person'
         return infinitive
     return changed + "t" if changed else stem + ("et" if stem[-1] in "td" else "t")
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #7a7c506e
+# %% ../../nbs/3_data/01_toy_language.ipynb #ae520daa
 MODALS = {"can": "können", "must": "müssen", "want to": "wollen"}
 MODES = ("present", "past", *MODALS)
 
@@ -444,7 +444,7 @@ class VerbGroup:
 
 def _words(text, *keys): return tuple(Word(w, keys) for w in text.split())
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #14f45fb6
+# %% ../../nbs/3_data/01_toy_language.ipynb #ecb36c26
 def verb_group(
     verb:Verb,
     mode:str, # one of MODES
@@ -482,7 +482,7 @@ def copula(mode, person): # present or past
     en, de = (_irregular(word, person) for word in (("be", "sein") if mode == "present" else ("was", "war")))
     return VerbGroup(_words(en, key), (), Word(de, (key,)), (), "")
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #e391f239
+# %% ../../nbs/3_data/01_toy_language.ipynb #6ce5e22a
 @dataclass(frozen=True)
 class Clause:
     "What is said, before it is put in order"
@@ -519,7 +519,7 @@ def german_middle(c, front=None, subject=True): # subject: it stands here and no
 
 def _german_end(verb): return verb.end + ((Word(verb.particle, verb.finite.keys),) if verb.particle else ())
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #c70e379b
+# %% ../../nbs/3_data/01_toy_language.ipynb #c28e3662
 def statement(c, front=None): # front: what stands first if not the subject: c.time, c.place, a clause
     "English: front, subject, verb. German: the finite verb is second, whatever is first"
     subject, v = c.subject.words + c.relative, c.verb
@@ -543,7 +543,7 @@ def subordinate(c, opening=Phrase()): # opening: "because:weil", or a relative p
     return Phrase(opening.en + c.subject.words.en + v.auxiliary + v.main + english_rest(c),
                   opening.de + german_middle(c) + v.end + (last,))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #d3421ed3
+# %% ../../nbs/3_data/01_toy_language.ipynb #b60a0059
 TIMES = {
     "present": ["today:heute", "every:jeden day:Tag", "in_the:am evening:Abend"],
     "past": ["yesterday:gestern", "last:letzte week:Woche", "on:am Monday:Montag"],
@@ -583,7 +583,7 @@ def _manner(rng, verb, subject):
         return prepositional("with:mit", person(rng, "dat", "", subject.person))
     return prepositional("without:ohne", person(rng, "acc", "", subject.person))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #f2179746
+# %% ../../nbs/3_data/01_toy_language.ipynb #befdc5a1
 def clause(
     rng:random.Random,
     verb:Verb=None, # a random one, if none is given
@@ -618,7 +618,7 @@ def _suits(verb, mode): # verbs of state stand in the present
 
 def _verb_of(rng, mode): return rng.choice([v for v in VERBS if _suits(v, mode)])
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #6244be68
+# %% ../../nbs/3_data/01_toy_language.ipynb #2b006c3b
 def _mark(phrase, de=",", en=""): # punctuation belongs to the word before it
     def put(words, mark):
         return (*words[:-1], replace(words[-1], text=words[-1].text + mark))
@@ -660,7 +660,7 @@ def _doing(rng, mode): # what somebody does, in time
     fit = [v for v in VERBS if v.subject == "person" and "state" not in v.tags]
     return rng.choice([v for v in fit if _suits(v, mode)])
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #2cced958
+# %% ../../nbs/3_data/01_toy_language.ipynb #83f18ddb
 def plain(rng): return _fronted(rng, clause(rng))
 
 
@@ -681,7 +681,7 @@ def predicate(rng): # the car is expensive; she was ill
     told = _told(rng, thing)
     return statement(_is(thing, told, _mode(rng))) if told else predicate(rng)
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #c6f83ed5
+# %% ../../nbs/3_data/01_toy_language.ipynb #d3ae9f95
 REACTIONS = { # what people do when somebody else is ...
     "tired": "help wait close stay", "ill": "help visit call open stay travel", "hungry": "give bring buy"}
 IN_JOY = "invite thank play buy visit help"                     # because they are happy
@@ -727,7 +727,7 @@ def with_condition(rng): # if the child is ill, the father calls the doctor
     first = subordinate(_state(rng, _somebody(rng), mode, [state]), conj)
     return statement(clause(rng, _reaction(rng, state), mode, adverbs=0.4), _mark(first, ",", ","))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #b6c0245c
+# %% ../../nbs/3_data/01_toy_language.ipynb #156155e1
 REPORTS = [(_verb("say said", "sagen", "hat gesagt", "", "state"), "that:dass"),
            (_verb("believe", "glauben", "", "", "state"), "that:dass"),
            (_verb("ask asked", "fragen", "hat gefragt", "", "state"), "whether:ob")]
@@ -738,7 +738,7 @@ def report(rng): # she says that the boy wants to come
     main = clause(rng, verb, rng.choice(["present", "past"]) if verb.past else "present")
     return _mark(statement(main)) + subordinate(clause(rng, adverbs=0.7), link(conj))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #3c14681a
+# %% ../../nbs/3_data/01_toy_language.ipynb #391c1269
 def _relative(case, gender): return "denen" if (case, gender) == ("dat", "p") else ARTICLE[case][gender]
 
 
@@ -790,7 +790,7 @@ def relative(rng): # a relative clause agrees with its noun, and has its own cas
         main = _is(replace(np, words=_mark(np.words)), told, "present")
     return statement(replace(main, relative=_mark(more)))
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #909dc6b6
+# %% ../../nbs/3_data/01_toy_language.ipynb #78492a93
 def taken_up(rng): # she buys the hat because it is beautiful
     verb = _named(rng, "buy sell love read eat drink")
     verb = replace(verb, needs=("acc:animal",)) if verb.english == "love" else verb
@@ -824,11 +824,11 @@ def two(rng): # Anna sleeps, but Paul works
         return _mark(one, "", ",") + link("and:und") + other    # no comma before und
     return _mark(one, ",", ",") + link("but:aber") + other
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #bb700be9
+# %% ../../nbs/3_data/01_toy_language.ipynb #b6899ed2
 PATTERNS = {plain: 40, predicate: 5, with_reason: 10, with_condition: 8, report: 10, relative: 10,
             taken_up: 6, asked: 8, two: 6}
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #e725a286
+# %% ../../nbs/3_data/01_toy_language.ipynb #3497e376
 @dataclass(frozen=True)
 class Pair:
     "A sentence, its translation, and which word translates which"
@@ -850,7 +850,7 @@ def finish(phrase):
                       if any(key in g.keys for key in e.keys))
     return Pair(source[0].upper() + source[1:], target[0].upper() + target[1:], alignment)
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #75d35359
+# %% ../../nbs/3_data/01_toy_language.ipynb #06195fcb
 ABOUT = ({name: name for name in NAMES} | {city.split(":")[0]: city for city in CITIES}
          | {form: noun for noun in NOUNS + [p.noun for p in PLACES] for form in (noun.singular, noun.plural)})
 
@@ -868,7 +868,7 @@ def sentence(rng:random.Random): # -> Pair
         if 4 <= shortest and longest <= 16 and words.count("no") <= negations and len(set(things)) == len(things):
             return finish(phrase)
 
-# %% ../../nbs/3_data/01_toy_language.ipynb #37355d31
+# %% ../../nbs/3_data/01_toy_language.ipynb #eaa8bdce
 LARGEST = 500_000     # pairs; there are more, but they take ever longer to find
 FEATURES = Features({"source": Value("string"), "target": Value("string"),
                      "alignment": List(List(Value("int32")))})
