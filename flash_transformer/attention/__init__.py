@@ -1,0 +1,4 @@
+"softmax(QKᵀ/√d)V and nothing else: one door, several backends."
+from flash_transformer.attention.functional import attention, attention_weights, backends, explain
+from flash_transformer.attention.masks import AttentionMask
+from flash_transformer.attention.multihead import KeyValueCache, MultiHeadAttention
