@@ -55,7 +55,7 @@ def _find(prefix, language):
             return path
     folder = plain.parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no {plain} nor {plain}.gz: no such folder as {folder}.")
+        raise FileNotFoundError(f"There is no {plain}, nor .gz of it: no such folder as {folder}.")
     there = sorted(p.name for p in folder.iterdir())
     listed = ", ".join(there[:12]) + (", …" if len(there) > 12 else "") if there else "nothing"
     raise FileNotFoundError(f"There is no {plain} nor {plain}.gz; in {folder} there is: {listed}. "
@@ -97,16 +97,17 @@ def _drop_empty(pairs, name):
     return pairs
 
 # %% ../../nbs/3_data/02_corpora.ipynb #61e8171e
-HUB = {"multi30k": "bentrevett/multi30k", "wmt14": "wmt/wmt14", "opus_books": "Helsinki-NLP/opus_books"}
+HUB = {"multi30k": "bentrevett/multi30k", "wmt14": "wmt/wmt14",
+       "opus_books": "Helsinki-NLP/opus_books"}
 CORPORA = ("toy", "files", *HUB)
 
 
 def _config(corpus, source, target):
     "The name a hub corpus gives to a pair of languages"
     if corpus == "wmt14":
-        return f"{target}-{source}" if source == "en" else f"{source}-{target}"   # English last
+        return f"{target}-{source}" if source == "en" else f"{source}-{target}"  # English last
     if corpus == "opus_books":
-        return "-".join(sorted((source, target)))                            # alphabetical
+        return "-".join(sorted((source, target)))                                          # alphabetical
     return None
 
 # %% ../../nbs/3_data/02_corpora.ipynb #2e2e7441
@@ -123,7 +124,7 @@ def _columns(split, source, target, where):
 
 # %% ../../nbs/3_data/02_corpora.ipynb #f985afbd
 def _hold_out(pairs, seed):
-    "Validation and test out of a corpus that has only a train split: 1,000 pairs each, or a tenth if that is less"
+    "Validation and test out of a corpus with only a train split: 1,000 pairs each, or a tenth if that is less"
     held = max(1, min(1000, len(pairs) // 10))
     if len(pairs) < 3:
         raise ValueError(f"{len(pairs)} pairs are too few for train, validation and test.")
@@ -144,9 +145,10 @@ def _load_hub(corpus, source, target, path, seed):
         asked = f"{where}, config {name}," if name else where
         place = "this folder" if path else config.HF_ENDPOINT
         raise ConnectionError(
-            f"Could not load {asked} from {place} ({reason}). Ways out: --data.path with a local copy of that dataset,"
-            " --data.train with text files of your own, or --data.corpus toy, which needs no network.") from error
-    splits = DatasetDict({name: _columns(split, source, target, where) for name, split in splits.items()})
+            f"Could not load {asked} from {place} ({reason}). Ways out: --data.path with a local copy of that"
+            " dataset, --data.train with text files of your own, or --data.corpus toy, which needs no network."
+        ) from error
+    splits = DatasetDict({name: _columns(pairs, source, target, where) for name, pairs in splits.items()})
     if set(splits) == {"train"}:
         splits = _hold_out(splits["train"], seed)
     return splits
@@ -165,9 +167,9 @@ def load_corpus(
     """
     Sentence pairs from any corpus we know.
 
-    Pairs with an empty side are dropped with a warning. Raises `ValueError` for what cannot be right (unknown
-    corpus or language, files of unequal length, text that is not UTF-8), `FileNotFoundError` for a missing file,
-    `ConnectionError` when the hub cannot be reached.
+    Pairs with an empty side are dropped with a warning, from every split. Raises `ValueError` for what cannot be
+    right (unknown corpus or language, files of unequal length, text that is not UTF-8), `FileNotFoundError` for
+    a missing file, `ConnectionError` when a dataset cannot be loaded from the hub or a copy of it.
     """
     prefixes = {"train": train, "validation": validation, "test": test}
     prefixes = {name: prefix for name, prefix in prefixes.items() if prefix is not None}
@@ -188,7 +190,8 @@ def load_corpus(
     if corpus == "files":
         if not prefixes:
             raise ValueError("The corpus 'files' needs a prefix: train, validation or test.")
-        splits = DatasetDict({name: _read_pairs(prefix, source, target) for name, prefix in prefixes.items()})
+        splits = DatasetDict({name: _read_pairs(prefix, source, target)
+                              for name, prefix in prefixes.items()})
     else:
         splits = _load_hub(corpus, source, target, path, seed)
     for name, pairs in splits.items():

@@ -66,7 +66,7 @@ def _encode(tokenizer, texts):
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"Text {i} holds a lone surrogate, which is no character: {text[:40]!r}.") from None
+                raise ValueError(f"Text {i} holds a lone surrogate, no character: {text[:40]!r}.") from None
         raise
 
 # %% ../../nbs/3_data/03_tokenizers.ipynb #6301e9e2
@@ -84,7 +84,7 @@ def _read(path):
     try:
         tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:   # the Rust side raises a bare Exception
-        raise ValueError(f"{path} is not a tokenizer's file ({error}). Train it again, or copy it again.") from error
+        raise ValueError(f"{path} is not a tokenizer's file ({error}). Train or copy it again.") from error
     for i, special in enumerate(SPECIALS):
         if tokenizer.id_to_token(i) != special:
             raise ValueError(f"{path}: id {i} must be {special}, but is {tokenizer.id_to_token(i)}. "
@@ -112,7 +112,7 @@ class TokenizerPair:
             raise ValueError(f"There is no kind of tokenizer {kind!r}. There are: bpe, word, char.")
         least = len(SPECIALS) + (256 if kind == "bpe" else 1)
         if vocab_size < least:
-            why = "256 bytes and 4 special tokens" if kind == "bpe" else "4 special tokens and one of the text's"
+            why = f"{least - 4} {'bytes' if kind == 'bpe' else kind} and 4 special tokens"
             raise ValueError(f"vocab_size={vocab_size} is too small: {kind} needs {least} at the least ({why}).")
         if not len(pairs):
             raise ValueError("There are no pairs to train a tokenizer on.")
@@ -163,6 +163,6 @@ class TokenizerPair:
         sides = [folder / "source.json", folder / "target.json"]
         missing = [path.name for path in sides if not path.is_file()]
         if missing:
-            wanted = "tokenizer.json, nor source.json and target.json" if len(missing) == 2 else missing[0]
+            wanted = missing[0] if len(missing) == 1 else "tokenizer.json, nor source.json and target.json"
             raise FileNotFoundError(f"{folder} has no {wanted}: there is no tokenizer to load.")
         return cls(*(_read(path) for path in sides))
