@@ -6,7 +6,7 @@
 __all__ = ['SHORT', 'BACKENDS', 'Backend', 'BackendStatus', 'backends', 'attention', 'attention_weights', 'Explanation',
            'explain']
 
-# %% ../../nbs/1_attention/03_backends.ipynb #4c59a5bb
+# %% ../../nbs/1_attention/03_backends.ipynb #50bf79f9
 import difflib
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .masks import AttentionMask
 
-# %% ../../nbs/1_attention/03_backends.ipynb #9285e43a
+# %% ../../nbs/1_attention/03_backends.ipynb #7be9e7a9
 def _weights(q, k, mask, scale): # → weights (batch, heads, q_len, k_len), and the rows to hide or None
     (b, heads, q_len, d), (kv_heads, k_len) = q.shape, k.shape[1:3]
     rows = heads // kv_heads * q_len                                # the queries that meet one key head
@@ -39,7 +39,7 @@ def _naive(q, k, v, mask, dropout, scale):
     out = torch.bmm(weights.view(b * kv_heads, rows, k_len), v.reshape(b * kv_heads, k_len, d)).view(q.shape)
     return out if hidden is None else out.masked_fill(hidden, 0)   # b h q d
 
-# %% ../../nbs/1_attention/03_backends.ipynb #d6f98621
+# %% ../../nbs/1_attention/03_backends.ipynb #750ba4de
 def _sdpa(q, k, v, mask, dropout, scale):
     q_len, k_len = q.shape[2], k.shape[2]
     only_causal = mask is not None and mask.causal and mask.key_lengths is mask.window is mask.alibi is None
@@ -50,7 +50,7 @@ def _sdpa(q, k, v, mask, dropout, scale):
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out if hidden is None else out.masked_fill(hidden, 0)
 
-# %% ../../nbs/1_attention/03_backends.ipynb #62a43b87
+# %% ../../nbs/1_attention/03_backends.ipynb #e83116a6
 SHORT = 256 # keys in a row, see benchmarks/attention_auto.py
 
 
@@ -62,7 +62,7 @@ def _sdpa_slow(q, k, v, mask, dropout):
         return f"on a CPU, in half precision, its backward pass is slow for rows of up to {SHORT} keys"
     return ""
 
-# %% ../../nbs/1_attention/03_backends.ipynb #685df0b6
+# %% ../../nbs/1_attention/03_backends.ipynb #149cd3d3
 class Backend(NamedTuple):
     "One way to compute attention"
     name:str
@@ -90,7 +90,7 @@ def _find(name):
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
     raise ValueError(f"there is no attention backend {name!r}; did you mean {near!r}? There are {', '.join(names)}")
 
-# %% ../../nbs/1_attention/03_backends.ipynb #8053aa42
+# %% ../../nbs/1_attention/03_backends.ipynb #fbe07e72
 class BackendStatus(NamedTuple):
     "What `backends` says of one backend"
     name:str
@@ -102,7 +102,7 @@ def backends() -> list[BackendStatus]: # in the order in which `auto` prefers th
     "Every backend, whether it can run on this machine and, if not, why"
     return [BackendStatus(b.name, not b.missing(), b.missing() or b.about) for b in BACKENDS]
 
-# %% ../../nbs/1_attention/03_backends.ipynb #56109496
+# %% ../../nbs/1_attention/03_backends.ipynb #61bfcb84
 def _check(q, k, v, mask, dropout, scale): # → the scale to use
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor): raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
@@ -133,7 +133,7 @@ def _check(q, k, v, mask, dropout, scale): # → the scale to use
     if not math.isfinite(scale): raise ValueError(f"scale is {scale}: give a finite number, or None for 1/√head_dim")
     return float(scale)
 
-# %% ../../nbs/1_attention/03_backends.ipynb #94632db3
+# %% ../../nbs/1_attention/03_backends.ipynb #1eaa0049
 def attention(
     q:Tensor, # queries, (batch, heads, q_len, head_dim)
     k:Tensor, # keys, (batch, kv_heads, k_len, head_dim), kv_heads divides heads
@@ -154,7 +154,7 @@ def attention(
         raise ValueError(f"the attention backend {backend!r} cannot serve here: {reason}")
     return chosen.run(q, k, v, mask, dropout, scale)
 
-# %% ../../nbs/1_attention/03_backends.ipynb #72dc995d
+# %% ../../nbs/1_attention/03_backends.ipynb #04c08942
 def attention_weights(
     q:Tensor, # queries, (batch, heads, q_len, head_dim)
     k:Tensor, # keys, (batch, kv_heads, k_len, head_dim), kv_heads divides heads
@@ -165,7 +165,7 @@ def attention_weights(
     weights, hidden = _weights(q, k, mask, _check(q, k, k, mask, 0., scale))
     return weights if hidden is None else weights.masked_fill(hidden, 0)
 
-# %% ../../nbs/1_attention/03_backends.ipynb #1335364d
+# %% ../../nbs/1_attention/03_backends.ipynb #e8354fc0
 class Explanation(NamedTuple):
     "What `explain` says; prints as a list"
     taken:str # name of the backend that `auto` takes

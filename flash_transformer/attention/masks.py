@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['AttentionMask']
 
-# %% ../../nbs/1_attention/02_masks.ipynb #e5c3eec9
+# %% ../../nbs/1_attention/02_masks.ipynb #44cbaaf3
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-# %% ../../nbs/1_attention/02_masks.ipynb #82833cf1
+# %% ../../nbs/1_attention/02_masks.ipynb #824ec715
 def _ahead(q_len, k_len, device=None): # → (q_len, k_len): how many places key j lies ahead of query i
     return torch.arange(k_len, device=device) - torch.arange(k_len - q_len, k_len, device=device)[:, None]
 
-# %% ../../nbs/1_attention/02_masks.ipynb #9a6127cf
+# %% ../../nbs/1_attention/02_masks.ipynb #53a0f11b
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
     "Which keys a query may see; rules given together must all allow it. A row left without any key gives zeros"
@@ -44,7 +44,8 @@ class AttentionMask:
     def bias(self, q_len:int, k_len:int, device=None, dtype=torch.float32) -> Tensor|None: # like `dense`
         "What ALiBi adds to the scores, −slope·distance (Press et al. 2022, section 3); None without slopes"
         if self.alibi is None: return None
-        slopes = self.alibi.to(device).view(-1, self.alibi.shape[-1], 1, 1)                            # (b) h 1 1
+        exact = torch.promote_types(torch.promote_types(self.alibi.dtype, dtype), torch.float32)
+        slopes = self.alibi.to(device, exact).view(-1, self.alibi.shape[-1], 1, 1)                     # (b) h 1 1
         return (-slopes * _ahead(q_len, k_len, device).abs()).to(dtype)                                # (b) h q k
 
     def additive(self, q_len:int, k_len:int, device=None, dtype=torch.float32) -> tuple[Tensor|None, Tensor|None]:
@@ -57,7 +58,7 @@ class AttentionMask:
         "Raises ValueError where the mask does not fit tensors of these sizes; lengths on a GPU are not looked into"
         _check_fits(self, batch, heads, k_len)
 
-# %% ../../nbs/1_attention/02_masks.ipynb #83a50957
+# %% ../../nbs/1_attention/02_masks.ipynb #51763339
 def _valid_causal(causal):
     if isinstance(causal, bool): return causal
     raise TypeError(f"causal is True or False, not {type(causal).__name__}; give the other rules by name, "
@@ -100,7 +101,7 @@ def _check_fits(mask, batch, heads, k_len):
         raise ValueError(f"alibi has shape {tuple(slopes.shape)}, for a batch of {batch} and {heads} heads: "
                          f"give ({heads},) or ({batch}, {heads}) slopes")
 
-# %% ../../nbs/1_attention/02_masks.ipynb #5b6c6646
+# %% ../../nbs/1_attention/02_masks.ipynb #7914b538
 def _additive(mask, q_len, k_len, device, dtype):
     bias, hidden = mask.bias(q_len, k_len, device, dtype), None
     lengths_or_window = mask.key_lengths is not None or mask.window is not None

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SequentialMultiHeadAttention', 'SemiParallelMultiHeadAttention', 'MultiHeadAttention', 'KeyValueCache']
 
-# %% ../../nbs/1_attention/04_multi_head.ipynb #52688445
+# %% ../../nbs/1_attention/04_multi_head.ipynb #2bf84648
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from .functional import _find, attention, attention_weights
 from .masks import AttentionMask
 from .reference import attention_one_head
 
-# %% ../../nbs/1_attention/04_multi_head.ipynb #761d52cc
+# %% ../../nbs/1_attention/04_multi_head.ipynb #11d9e6f6
 class SequentialMultiHeadAttention(nn.Module):
     "Every head has projections of its own and waits for the one before (Vaswani et al. 2017, section 3.2.2)"
     def __init__(self,
@@ -40,7 +40,7 @@ def _head_dim(d_model, heads):
         raise ValueError(f"{heads} heads do not divide a d_model of {d_model}: each head gets d_model/heads numbers")
     return d_model // heads
 
-# %% ../../nbs/1_attention/04_multi_head.ipynb #500a74ac
+# %% ../../nbs/1_attention/04_multi_head.ipynb #344ff2ae
 class SemiParallelMultiHeadAttention(nn.Module):
     "One projection makes the queries of all heads, one the keys, one the values; then one head after another"
     def __init__(self,
@@ -61,7 +61,7 @@ class SemiParallelMultiHeadAttention(nn.Module):
         heads = zip(*(t.split(self.head_dim, dim=-1) for t in (q, k, v)))              # h times (q, k, v), b n d
         return self.out_proj(torch.cat([attention_one_head(*head) for head in heads], dim=-1))
 
-# %% ../../nbs/1_attention/04_multi_head.ipynb #a8c69531
+# %% ../../nbs/1_attention/04_multi_head.ipynb #43dfdb62
 class MultiHeadAttention(nn.Module):
     "All heads at once (Vaswani et al. 2017, section 3.2.2), with grouped key/value heads (Ainslie et al. 2023) at will"
     def __init__(self,
@@ -124,7 +124,7 @@ class MultiHeadAttention(nn.Module):
         parts = nn.functional.linear(x, self.in_proj.weight[rows], bias).split(self.sizes[first:last], dim=-1)
         return [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts]
 
-# %% ../../nbs/1_attention/04_multi_head.ipynb #5638fc84
+# %% ../../nbs/1_attention/04_multi_head.ipynb #2d56e0d9
 class KeyValueCache:
     "The keys and values that one attention layer has computed so far; for decoding, without gradients"
     def __init__(self,
@@ -176,13 +176,13 @@ def _no_gradients(k):
     if k.requires_grad:
         raise ValueError("a KeyValueCache is for decoding, without gradients: call the model under torch.no_grad()")
 
-# %% ../../nbs/1_attention/04_multi_head.ipynb #98ad77e4
-def _fold_beams(x, memory, mask, cache): # (batch·beam, q_len, d_model) → (batch, beam·q_len, d_model), where there are
+# %% ../../nbs/1_attention/04_multi_head.ipynb #f31d2ee1
+def _fold_beams(x, memory, mask, cache): # → (batch, beam·q_len, d_model) where x has beams
     if memory is None and not cache.cross: return x  # self-attention: every beam has keys of its own
     rows = len(cache.keys) if cache.cross else len(memory)
     if len(x) == rows: return x
     if rows == 0 or len(x) % rows:
         raise ValueError(f"x has {len(x)} rows and the memory {rows}: give as many, or equally many beams for each")
     if mask is not None and (mask.causal or mask.window is not None or mask.alibi is not None):
-        raise ValueError("beams that share a memory are masked by key_lengths only: folded, a query has lost its place")
+        raise ValueError("beams that share a memory are masked by key_lengths only: folded, a query loses its place")
     return x.reshape(rows, -1, x.shape[-1])

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['attention_loops', 'attention_one_head']
 
-# %% ../../nbs/1_attention/01_scaled_dot_product.ipynb #f0818c04
+# %% ../../nbs/1_attention/01_scaled_dot_product.ipynb #b130dda1
 import math
 
 import torch
 from torch import Tensor
 
-# %% ../../nbs/1_attention/01_scaled_dot_product.ipynb #9b9cb78a
+# %% ../../nbs/1_attention/01_scaled_dot_product.ipynb #291977e0
 def attention_loops(
     q:Tensor, # queries, (q_len, head_dim)
     k:Tensor, # keys, (k_len, head_dim)
@@ -31,7 +31,7 @@ def attention_loops(
         rows.append(sum(weights[j] * v[j] for j in range(k_len)))  # and the values are mixed in these shares
     return torch.stack(rows)
 
-# %% ../../nbs/1_attention/01_scaled_dot_product.ipynb #fd09482f
+# %% ../../nbs/1_attention/01_scaled_dot_product.ipynb #88613e53
 def attention_one_head(
     q:Tensor, # queries, (..., q_len, head_dim)
     k:Tensor, # keys, (..., k_len, head_dim)
