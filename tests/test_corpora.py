@@ -272,7 +272,7 @@ def load_in_a_new_process(endpoint, home, *requests):
     environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and "PROXY" not in k.upper()}
     environment |= dict(HF_ENDPOINT=endpoint, HF_HOME=str(home), PYTHONPATH=str(Path(__file__).parent.parent))
     done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(requests)], env=environment, cwd=home,
-                          capture_output=True, text=True, timeout=100)
+                          capture_output=True, text=True, timeout=1200)   # only against a hang
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
