@@ -23,7 +23,12 @@ help: ## this list
 	@echo 'No GPU? Add PIP_EXTRA="--extra-index-url https://download.pytorch.org/whl/cpu" for a small PyTorch.'
 
 demo: install ## install, train a small translator (about 5 minutes on 2 cores), translate, draw; leaves runs/demo
-	@$(BIN)/flash-transformer demo --run $(RUN)
+	$(BIN)/flash-transformer train --config configs/toy.yaml --run $(RUN) --overwrite
+	$(BIN)/flash-transformer evaluate $(RUN)
+	$(BIN)/flash-transformer plot $(RUN)
+	@echo; echo "== five sentences it has never seen"
+	$(BIN)/flash-transformer translate $(RUN) < configs/toy.en | paste -d '\n' configs/toy.en - | sed -e 'n;s/^/  -> /'
+	@echo; echo "== all of it is in $(RUN): weights, checkpoints, metrics.jsonl, evaluation.json, plots/"
 
 test: dev ## install the tools, then every check: notebooks in step, lint, links, chapters, pytest
 	$(call step,chapters clean and exported,$(BIN)/python tools/in_step.py)

@@ -12,6 +12,7 @@ from argparse import ArgumentError
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import torch
 import yaml
 from jsonargparse import ArgumentParser
@@ -172,6 +173,7 @@ def _command(arguments: list[str]):
             if recipe.exists(): options = _parser().parse_args(["train", "--config", str(recipe), *arguments[1:]])
     except (ArgumentError, *_NOT_OURS) as e: raise ValueError(f"{one_line(e)} (see flash-transformer --help)") from e
     name, options = options.subcommand, options[options.subcommand]
+    if not sys.stderr.isatty(): datasets.disable_progress_bars()
     if name in ("preprocess", "train"):
         more = {"resume": options.resume} if name == "train" else {}
         return globals()[name](to_recipe(options), options.run, overwrite=options.overwrite, **more)
