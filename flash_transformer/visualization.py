@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from .data import DataConfig, corpus_of
+from .data import UNK, DataConfig, corpus_of
 from .data.toy import ADJECTIVES, CITIES, NAMES, NOUNS, PLACES, VERBS
 from .translation import Translator
 
@@ -244,7 +244,7 @@ def _vectors(tokenizer, table, words):
     for word in words:
         ids = tokenizer.encode(word, add_special_tokens=False).ids
         ids = [i for i in ids if tokenizer.id_to_token(i) not in (" ", "Ġ")]
-        if not ids or 1 in ids: raise ValueError(f"the word {word!r} is not in the vocabulary: leave it out")
+        if not ids or UNK in ids: raise ValueError(f"the word {word!r} is not in the vocabulary: leave it out")
         rows.append(table[ids].mean(0))
     return torch.stack(rows)
 
@@ -310,7 +310,7 @@ def plot_run(
         view = w[layer].mean(0) if head == w.shape[1] else w[layer, head]
         figures["attention" if i == 1 else f"attention_{i}"] = plot_attention(read, written, view, alignment, name)
         if i == 1: figures["heads"] = plot_heads(read, written, w, alignment)
-    words = [{word: kind for word, kind in toy_words(side).items() if 1 not in tokenizer.encode(word).ids}
+    words = [{word: kind for word, kind in toy_words(side).items() if UNK not in tokenizer.encode(word).ids}
         for side, tokenizer in vars(translator.tokenizers).items()] if toy else (None, None)
     figures["embeddings"] = plot_embeddings(translator, *words)
     (run / "plots").mkdir(exist_ok=True)
