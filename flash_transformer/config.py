@@ -45,9 +45,11 @@ def add_recipe(parser: ArgumentParser):
     "Give `parser` an option for every field of a recipe, and --config for a file of them"
     parser.add_argument("--config", action="config", help="recipe to start from, a YAML file")
     for name, section in Recipe.__annotations__.items():
-        parser.add_class_arguments(section, name, skip=set(_SIZES) if section is TransformerConfig else None, help=section.__doc__)
+        skip = set(_SIZES) if section is TransformerConfig else None
+        parser.add_class_arguments(section, name, skip=skip, help=section.__doc__)
+        comments = _comments(section)
         for action in parser._actions:
-            if action.dest.startswith(name + "."): action.help = _comments(section).get(action.dest.split(".")[1], action.help)
+            if action.dest.startswith(name + "."): action.help = comments.get(action.dest.split(".")[1], action.help)
 
 def _comments(section) -> dict[str, str]:
     "The comment behind each field of a dataclass"
@@ -71,9 +73,11 @@ def load_recipe(
     parser = ArgumentParser(exit_on_error=False)
     add_recipe(parser)
     arguments = ["--config", str(path)]
-    for name, value in changes.items(): arguments += [f"--{name.replace('__', '.')}", str(value)]
+    for name, value in changes.items():
+        arguments += [f"--{name.replace('__', '.')}", "null" if value is None else str(value)]
     try: options = parser.parse_args(arguments)
-    except Exception as e: raise ValueError(f"{path}: {one_line(e)}") from e # jsonargparse raises several unrelated types
+    except Exception as e: # jsonargparse raises several unrelated types
+        raise ValueError(f"{path}: {one_line(e)}") from e
     return to_recipe(options)
 
 def one_line(error: BaseException) -> str:

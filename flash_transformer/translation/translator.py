@@ -14,26 +14,63 @@ import numpy as np
 import sacrebleu
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import BOS, EOS, PAD, TokenizerPair, plan_batches
-from ..model import Transformer, TransformerConfig, attention_maps, load_weights, save_weights
+from ..data import PAD, TokenizerPair, plan_batches
+from ..model import Transformer, TransformerConfig, attention_maps, load_weights
 from .decoding import beam_search, greedy_search
 
 # %% ../../nbs/5_translation/02_translator.ipynb #e50dd8bb
 @dataclass
 class DecodeConfig:
     "How to search for a translation; raises ValueError for numbers that make no sense"
-    beam: int = 4               # beginnings kept alive; 1 is greedy search
-    length_penalty: float = 0.6 # α
-    extra_length: int = 50      # a translation has at most source length + this many tokens
+    beam: int = 4                # beginnings kept alive; 1 is greedy search
+    length_penalty: float = 0.6  # α
+    extra_length: int = 50       # a translation has at most source length + this many tokens
     tokens_per_batch: int = 4096 # sentences × beam × longest source, translated together
 
     def __post_init__(self):
         for name in ("beam", "extra_length", "tokens_per_batch"):
             if getattr(self, name) < 1: raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
-        if self.length_penalty < 0: raise ValueError(f"decode.length_penalty must not be negative, not {self.length_penalty}")
+        if not self.length_penalty >= 0:
+            raise ValueError(f"decode.length_penalty must be 0 or more, not {self.length_penalty}")
+
+# %% ../../nbs/5_translation/02_translator.ipynb #6ed8e901
+def _search(
+    model: Transformer,
+    rows: list[list[int]], # ids of each source, </s> last
+    config: DecodeConfig,
+) -> list[list[int]]:      # ids of each translation
+    device = next(model.parameters()).device
+    source = [torch.tensor(row) for row in rows]
+    source = torch.nn.utils.rnn.pad_sequence(source, batch_first=True, padding_value=PAD).to(device)   # b s
+    lengths = torch.tensor([len(row) for row in rows], device=device)                                  # b
+    if config.beam == 1: return greedy_search(model, source, lengths, config.extra_length)
+    found = beam_search(model, source, lengths, config.beam, config.length_penalty, config.extra_length)
+    return [hypotheses[0].ids for hypotheses in found]
+
+# %% ../../nbs/5_translation/02_translator.ipynb #c8ded2bd
+LONGEST = 4096 # tokens of a source
+
+def _settings(
+    path: Path,             # config.yaml of a run
+    sizes: dict[str, int],  # of the vocabularies
+) -> tuple[TransformerConfig, DecodeConfig]:
+    "Shape of the model and how to search; raises ValueError that names the field that is wrong"
+    try: recipe = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as e: raise ValueError(f"{path} is damaged: {' '.join(str(e).split())}") from e
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("model"), dict):
+        raise ValueError(f"{path} describes no model")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TransformerConfig, "model")
+    parser.add_class_arguments(DecodeConfig, "decode")
+    try:
+        options = parser.parse_object({"model": recipe["model"], "decode": recipe.get("decode") or {}})
+        return TransformerConfig(**vars(options.model) | sizes), DecodeConfig(**vars(options.decode))
+    except Exception as e: # jsonargparse raises several unrelated types
+        raise ValueError(f"{path}, model or decode: {' '.join(str(e).split())}") from e
 
 # %% ../../nbs/5_translation/02_translator.ipynb #f2b508cf
 class Translator:
@@ -54,42 +91,40 @@ class Translator:
         "The translator of a run folder; raises FileNotFoundError for what is missing, ValueError for what is damaged"
         run = Path(run)
         if not (run / "config.yaml").exists():
-            raise FileNotFoundError(f"{run} is no run folder: it has no config.yaml. Train one with: flash-transformer train")
-        try: recipe = yaml.safe_load((run / "config.yaml").read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{run / 'config.yaml'} is damaged: {e}") from e
-        if not isinstance(recipe, dict) or "model" not in recipe: raise ValueError(f"{run / 'config.yaml'} describes no model")
+            raise FileNotFoundError(f"{run} is no run folder: it has no config.yaml. "
+                f"Train one with: flash-transformer train")
         tokenizers = TokenizerPair.load(run)
         sizes = {"source_vocab_size": tokenizers.source_size, "target_vocab_size": tokenizers.target_size}
-        model = Transformer(TransformerConfig(**recipe["model"] | sizes))
+        shape, decode = _settings(run / "config.yaml", sizes)
+        model = Transformer(shape)
         load_weights(model, weights or run / "model.safetensors")
-        return cls(model.to(device), tokenizers, DecodeConfig(**recipe.get("decode") or {}))
+        try: return cls(model.to(device), tokenizers, decode)
+        except (RuntimeError, AssertionError) as e:                 # PyTorch's ways to say that it has no such device
+            raise ValueError(f"cannot translate on {device!r}: {str(e).splitlines()[0]}") from e
 
     def translate(self,
         texts: str | list[str],  # a sentence, or many
         progress: bool = False,  # show a bar while at it
         **changes,               # fields of `DecodeConfig` that shall differ this time, as beam=1
     ) -> str | list[str]:        # translations, in the order of texts
-        "Translate; what is empty stays empty"
+        "Translate; what is empty stays empty. Raises ValueError for a text of more than `LONGEST` tokens"
         if isinstance(texts, str): return self.translate([texts], progress, **changes)[0]
         config = DecodeConfig(**vars(self.config) | changes)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str): raise TypeError(f"text {i} is no str but {type(text).__name__}")
         lines = [i for i, text in enumerate(texts) if text.strip()]
         ids, results = self.tokenizers.encode_source([texts[i] for i in lines]), [""] * len(texts)
         if not lines: return results
         lengths = np.array([len(row) for row in ids])
+        if lengths.max() > LONGEST:
+            raise ValueError(f"a text has {lengths.max():,} tokens, more than {LONGEST:,}: split it into sentences; "
+                f"it begins {texts[lines[lengths.argmax()]][:40]!r}")
         budget = max(config.tokens_per_batch // config.beam, int(lengths.max()))
         batches = plan_batches(lengths, lengths, budget, shuffle=False)
         for batch in tqdm(batches, desc="translating", unit="batch", disable=None if progress else True):
-            found = self._search([ids[i] for i in batch], config)
+            found = _search(self.model, [ids[i] for i in batch], config)
             for i, text in zip(batch, self.tokenizers.decode_target(found)): results[lines[i]] = text
         return results
-
-    def _search(self, rows: list[list[int]], config: DecodeConfig) -> list[list[int]]:
-        device = next(self.model.parameters()).device
-        source = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD).to(device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        if config.beam == 1: return greedy_search(self.model, source, lengths, config.extra_length)
-        found = beam_search(self.model, source, lengths, config.beam, config.length_penalty, config.extra_length)
-        return [hypotheses[0].ids for hypotheses in found]
 
     def attention(self,
         source: str,
@@ -99,8 +134,8 @@ class Translator:
         target = self.translate(source) if target is None else target
         read, written = self.tokenizers.encode_source([source])[0], self.tokenizers.encode_target([target])[0]
         device = next(self.model.parameters()).device
-        maps = attention_maps(self.model, torch.tensor([read], device=device), torch.tensor([len(read)], device=device),
-            torch.tensor([written[:-1]], device=device))
+        source, length, target = (torch.tensor([x], device=device) for x in (read, len(read), written[:-1]))
+        maps = attention_maps(self.model, source, length, target)
         tokens = [[tokenizer.id_to_token(i) for i in ids]
             for tokenizer, ids in ((self.tokenizers.source, read), (self.tokenizers.target, written[1:]))]
         return *tokens, maps["cross"][:, 0].cpu()
@@ -133,7 +168,7 @@ def score(
     translations: list[str],
     references: list[str],
 ) -> Evaluation:
-    "sacreBLEU (13a, case-sensitive) and chrF2, for the text and for each sentence; raises ValueError for unequal numbers"
+    "sacreBLEU (13a, case-sensitive) and chrF2, for the text and for each sentence; ValueError for unequal numbers"
     if not len(sources) == len(translations) == len(references) or not sources:
         raise ValueError(f"as many sources, translations and references are needed, at least one: "
             f"{len(sources)}, {len(translations)}, {len(references)}")
