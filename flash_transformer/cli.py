@@ -7,13 +7,18 @@ __all__ = ['preprocess', 'train', 'evaluate', 'translate', 'plot', 'backends', '
 
 # %% ../nbs/cli.ipynb #f5b185de
 import ctypes
+import json
+import os
 import shutil
 import sys
 from argparse import ArgumentError
+from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentParser
@@ -21,24 +26,45 @@ from tqdm.auto import tqdm
 
 from . import attention as attention_room
 from .config import Recipe, add_recipe, one_line, to_recipe
-from .data import DataConfig, TokenizerPair, corpus_of, load_corpus, prepare
+from .data import DataConfig, Prepared, TokenizerPair, corpus_of, load_corpus, prepare
 from .model import Transformer, TransformerConfig
 from .training import RunFolder, Trainer
 from .translation import DecodeConfig, Translator
 from .translation import evaluate as evaluate_translator
 
-# %% ../nbs/cli.ipynb #fdb2cf72
-def _open_run(run: Path, overwrite: bool):
-    "Make the run folder; raises FileExistsError when there is one already"
-    if run.exists() and (not run.is_dir() or any(p.name not in _PREPARED for p in run.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"{run} already exists: go on with --resume, replace it with --overwrite, or choose another --run")
-        if not (run / "config.yaml").exists():
-            raise FileExistsError(f"{run} already exists and is no run folder: remove it yourself, or choose another --run")
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
+# %% ../nbs/cli.ipynb #5471c1ff
+def _refuse_existing(
+    run: Path,
+    overwrite: bool,
+    keep: tuple[str, ...] = (), # what may be there
+):
+    "Raises FileExistsError when `run` holds something that may not be replaced"
+    if not run.exists(): return
+    if not run.is_dir(): raise FileExistsError(f"{run} is a file: choose another --run")
+    if all(p.name in keep for p in run.iterdir()): return
+    if not overwrite:
+        raise FileExistsError(f"{run} already exists: replace it with --overwrite, go on with train --resume, "
+            f"or choose another --run")
+    tokenizers = (run / f"{name}.json" for name in ("tokenizer", "source"))
+    if not ((run / "config.yaml").exists() and any(p.exists() for p in tokenizers)):
+        raise FileExistsError(f"{run} already exists and is no run folder: remove it yourself, or choose another --run")
 
-_PREPARED = ("data",) # what `preprocess` leaves
+def _clear(run: Path, keep: tuple[str, ...] = ()):
+    "Make `run`, empty but for `keep`"
+    run.mkdir(parents=True, exist_ok=True)
+    for p in run.iterdir():
+        if p.name not in keep: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+
+# %% ../nbs/cli.ipynb #4c8641bc
+def _refuse_other_data(recipe: Recipe, run: Path):
+    "Raises ValueError when `preprocess` worked from other data settings than `recipe`'s"
+    path = run / "data" / "data.json"
+    try: before = json.loads(path.read_bytes())
+    except (OSError, ValueError): return                      # nothing there, or nothing whole
+    before = before if isinstance(before, dict) else {}
+    changed = [f"data.{name}" for name, value in asdict(recipe.data).items() if before.get(name) != value]
+    if changed: raise ValueError(f"{path} was made with another {', '.join(changed)}: "
+        f"prepare again with preprocess --overwrite, or choose another --run")
 
 # %% ../nbs/cli.ipynb #39f5bfc2
 def preprocess(
@@ -47,8 +73,10 @@ def preprocess(
     overwrite: bool = False, # replace a run that is there
 ):
     "Load the corpus, learn its tokenizers, encode it; `train` with the same --run then starts at once"
-    _open_run(run, overwrite)
+    _refuse_existing(run, overwrite, keep=("data",))
+    if not overwrite: _refuse_other_data(recipe, run)
     prepared = prepare(recipe.data, run / "data")
+    _clear(run, keep=("data",))
     prepared.save(run / "data", recipe.data)
     tokenizers, train = prepared.tokenizers, prepared.train
     print(f"{len(train):,} training pairs ({train.dropped:,} longer than {recipe.data.max_length} tokens left out), "
@@ -58,13 +86,40 @@ def preprocess(
 
 # %% ../nbs/cli.ipynb #9a9491cb
 def _keep_memory():
-    """Let glibc keep what a step frees for the next one. By default it hands large blocks back to the system, and getting
-    them again costs a page fault every 4 kB; a training step on a CPU uses and frees hundreds of MB."""
+    """Let glibc keep what a step frees for the next one. By default it hands large blocks back to the system, and
+    getting them again costs a page fault every 4 kB; a training step on a CPU uses and frees hundreds of MB."""
     if sys.platform != "linux": return
     try: mallopt = ctypes.CDLL(None).mallopt
     except AttributeError: return                             # another C library
     mallopt(-4, 0)                                            # M_MMAP_MAX: no blocks outside the heap
     mallopt(-1, 2**31 - 1)                                    # M_TRIM_THRESHOLD: do not shrink the heap
+
+# %% ../nbs/cli.ipynb #f3156324
+def _show_samples(
+    prepared: Prepared,
+    decode: DecodeConfig,
+    n: int = 3,        # sentences
+    longest: int = 100, # tokens
+) -> Callable[[Transformer], dict]:
+    "What the trainer calls at each validation: translate the first sentences that are not too long"
+    tokenizers, validation = prepared.tokenizers, prepared.validation
+    pairs = validation.batch(np.flatnonzero(validation.source_lengths <= longest)[:n])
+    sources = tokenizers.decode_source(pairs.source.tolist())
+    references = tokenizers.decode_target(pairs.labels.tolist())
+    def show(model):
+        translations = Translator(model, tokenizers, decode).translate(sources, beam=1)
+        for lines in zip(sources, translations, references):
+            tqdm.write("\n".join(f"  {mark} {line}" for mark, line in zip("·→=", lines)))
+        return {"samples": translations}
+    return show
+
+# %% ../nbs/cli.ipynb #ab424895
+def _refuse_other_model(recipe: Recipe, run: Path):
+    "Raises ValueError when `run` trains a model of another shape than `recipe`'s; dropout may change"
+    before = yaml.safe_load((run / "config.yaml").read_bytes())["model"]
+    changed = [f"model.{name}" for name, value in recipe.to_dict()["model"].items()
+        if "dropout" not in name and before.get(name, value) != value]
+    if changed: raise ValueError(f"{run} began with another {', '.join(changed)}: what is resumed keeps its model")
 
 # %% ../nbs/cli.ipynb #cb9cbf63
 def train(
@@ -75,33 +130,28 @@ def train(
 ):
     "Train a model by a recipe"
     _keep_memory()
+    if resume and overwrite: raise ValueError("--resume goes on with a run, --overwrite throws it away: give one")
     if resume and not RunFolder(run).checkpoints():
         raise FileNotFoundError(f"{run} holds no checkpoint to resume from: train without --resume")
-    if not resume: _open_run(run, overwrite)
+    if resume: _refuse_other_model(recipe, run)
+    else: _refuse_existing(run, overwrite, keep=("data",))
+    _refuse_other_data(recipe, run)
     prepared = prepare(recipe.data, run / "data", TokenizerPair.load(run) if resume else None)
     tokenizers = prepared.tokenizers
     sizes = {"source_vocab_size": tokenizers.source_size, "target_vocab_size": tokenizers.target_size}
     torch.manual_seed(recipe.train.seed)
     model = Transformer(TransformerConfig(**vars(recipe.model) | sizes))
-    trainer = Trainer(model, prepared.train, prepared.validation, recipe.train, run, _show_samples(prepared, recipe.decode))
-    tokenizers.save(run)
+    show = _show_samples(prepared, recipe.decode)
+    trainer = Trainer(model, prepared.train, prepared.validation, recipe.train, run, show)
+    if not resume:
+        _clear(run, keep=("data",))
+        tokenizers.save(run)
     recipe.save(run / "config.yaml")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(prepared.train):,} pairs, "
         f"{trainer.precision} on {trainer.accelerator.device}", flush=True)
     best = trainer.fit(resume)
     print(f"lowest validation loss {best:.3f} nats a token\nweights in {run / 'model.safetensors'}, checkpoints in "
         f"{run / 'checkpoints'}, metrics in {run / 'metrics.jsonl'}")
-
-def _show_samples(prepared, decode, n=3):
-    "What the trainer calls at each validation: translate the first sentences"
-    pairs, tokenizers = prepared.validation.batch(range(min(n, len(prepared.validation)))), prepared.tokenizers
-    sources, references = tokenizers.decode_source(pairs.source.tolist()), tokenizers.decode_target(pairs.labels.tolist())
-    def show(model):
-        translations = Translator(model, tokenizers, decode).translate(sources, beam=1)
-        for lines in zip(sources, translations, references):
-            tqdm.write("\n".join(f"  {mark} {line}" for mark, line in zip("·→=", lines)))
-        return {"samples": translations}
-    return show
 
 # %% ../nbs/cli.ipynb #ccbbd1d2
 def evaluate(
@@ -113,14 +163,21 @@ def evaluate(
 ):
     "Score a run with sacreBLEU and chrF; all translations go to evaluation.json"
     translator = Translator.from_run(run, device)
-    config = DataConfig(**yaml.safe_load((run / "config.yaml").read_text())["data"])
-    corpus = load_corpus("files", test=data, source=config.source, target=config.target) if data else corpus_of(config)
-    split = "test" if data else split
-    if split not in corpus: raise ValueError(f"the corpus has no {split} split, only {', '.join(corpus)}: give --split, or text with --data")
-    scores = evaluate_translator(translator, corpus[split], progress=True, **({"beam": beam} if beam else {}))
+    described = yaml.safe_load((run / "config.yaml").read_bytes()).get("data")
+    if not described and not data: raise ValueError(f"{run / 'config.yaml'} names no corpus: give text with --data")
+    try: config = DataConfig(**described or {})
+    except TypeError as e: raise ValueError(f"{run / 'config.yaml'}, data: {e}") from e
+    if data: split, corpus = "test", load_corpus("files", test=data, source=config.source, target=config.target)
+    else: corpus = corpus_of(config)
+    if split not in corpus:
+        raise ValueError(f"the corpus has no {split} split, only {', '.join(corpus)}: "
+            f"give --split, or text with --data")
+    scores = evaluate_translator(translator, corpus[split], progress=True, **_changes(beam))
     scores.save(run / "evaluation.json")
     print(f"{len(scores.sentences):,} sentences\nBLEU {scores.bleu:.2f}  {scores.bleu_signature}\n"
         f"chrF {scores.chrf:.2f}  {scores.chrf_signature}\nall translations in {run / 'evaluation.json'}")
+
+def _changes(beam: int | None) -> dict: return {} if beam is None else {"beam": beam}
 
 # %% ../nbs/cli.ipynb #e16dc7dd
 def translate(
@@ -128,23 +185,25 @@ def translate(
     device: str = "cpu",     # where to translate
     beam: int | None = None, # beginnings kept alive; the recipe's if None
 ):
-    "Translate lines of standard input to lines of standard output"
+    "Translate lines of standard input to lines of standard output, UTF-8 both"
     translator = Translator.from_run(run, device)
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(encoding="utf-8")
     lines = (_decode(line, n) for n, line in enumerate(sys.stdin.buffer, 1))
     at_once = 1 if sys.stdin.isatty() else 1000
     for chunk in iter(lambda: list(islice(lines, at_once)), []):
-        for line in translator.translate(chunk, **({"beam": beam} if beam else {})): print(line.replace("\n", " "), flush=True)
+        for line in translator.translate(chunk, **_changes(beam)): print(" ".join(line.splitlines()), flush=True)
 
 def _decode(line: bytes, number: int) -> str:
-    try: return line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as e: raise ValueError(f"standard input, line {number}: not UTF-8 ({e.reason} at byte {e.start + 1})") from e
+    try: return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"standard input, line {number}: not UTF-8 ({e.reason} at byte {e.start + 1})") from e
 
 # %% ../nbs/cli.ipynb #be2a8e8d
 def plot(
     run: Path,
 ):
     "Draw learning curves, attention and embeddings of a run"
-    from flash_transformer.visualization import plot_run # here: drawing libraries are slow to load, and only this needs them
+    from flash_transformer.visualization import plot_run # here, since drawing libraries are slow to load
     for path in plot_run(run): print(path)
 
 # %% ../nbs/cli.ipynb #87712b24
@@ -165,12 +224,16 @@ def _parser() -> ArgumentParser:
             sub.add_argument("--run", type=Path, required=True, help="folder that takes what the run leaves")
             sub.add_argument("--overwrite", action="store_true", help="replace a run that is there")
         elif function is not backends: sub.add_argument("run", type=Path, help="folder that training left")
-        if function is train: sub.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, with its recipe")
+        if function is train:
+            sub.add_argument("--resume", action="store_true",
+                help="go on from the run's newest checkpoint, with its recipe")
         if function is evaluate:
-            sub.add_argument("--data", type=str | None, help="prefix of aligned text files, as in DATA.en and DATA.de; else the recipe's corpus")
+            sub.add_argument("--data", type=str | None,
+                help="prefix of aligned text files, as in DATA.en and DATA.de; else the recipe's corpus")
             sub.add_argument("--split", type=str, default="test", help="split of the recipe's corpus")
         if function in (evaluate, translate):
-            sub.add_argument("--beam", type=int | None, help="beginnings kept alive, 1 for greedy search; else the recipe's")
+            sub.add_argument("--beam", type=int | None,
+                help="beginnings kept alive, 1 for greedy search; else the recipe's")
             sub.add_argument("--device", type=str, default="cpu", help="where to translate: cpu, cuda, mps")
         commands.add_subcommand(function.__name__, sub)
     return parser
@@ -180,8 +243,8 @@ def _command(arguments: list[str]):
     "Parse and run one command"
     try:
         options = _parser().parse_args(arguments)
-        if getattr(options.get("train"), "resume", False):  # the run's own recipe first, then what this command line changes
-            recipe = options.train.run / "config.yaml"
+        if getattr(options.get("train"), "resume", False):
+            recipe = options.train.run / "config.yaml" # first the run's own, then what this command line changes
             if recipe.exists(): options = _parser().parse_args(["train", "--config", str(recipe), *arguments[1:]])
     except (ArgumentError, *_NOT_OURS) as e: raise ValueError(f"{one_line(e)} (see flash-transformer --help)") from e
     name, options = options.subcommand, options[options.subcommand]
@@ -199,8 +262,9 @@ def main(
 ) -> int:                               # exit status
     "The `flash-transformer` command"
     try: _command(sys.argv[1:] if arguments is None else arguments)
+    except BrokenPipeError:                                     # the reader of our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # else Python complains when it flushes
     except (ValueError, TypeError, OSError, FloatingPointError, KeyboardInterrupt) as e:
-        if isinstance(e, BrokenPipeError): return 0         # the reader of our output has enough
         print(f"flash-transformer: {one_line(e) or 'stopped'}", file=sys.stderr)
         return 2
     return 0
