@@ -14,10 +14,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 # %% ../../nbs/3_data/03_tokenizers.ipynb #1d4d1588
 WORDS = r" ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{M}\p{N}]{1,64}|\s{1,64}(?!\S)|\s"
 
-# %% ../../nbs/3_data/03_tokenizers.ipynb #f2c18ff1
-PAD, UNK, BOS, EOS = 0, 1, 2, 3
-SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
-
 # %% ../../nbs/3_data/03_tokenizers.ipynb #a60e586d
 def _blank(kind):
     "An untrained tokenizer: how text is cut, and how pieces become text again"
@@ -34,6 +30,10 @@ def _blank(kind):
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
     tokenizer.decoder = decoders.Sequence([*join, decoders.Strip(" ", 1, 0)])      # that one space off again
     return tokenizer
+
+# %% ../../nbs/3_data/03_tokenizers.ipynb #f2c18ff1
+PAD, UNK, BOS, EOS = 0, 1, 2, 3
+SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
 
 # %% ../../nbs/3_data/03_tokenizers.ipynb #136288c7
 def _train(texts, kind, vocab_size):
