@@ -52,7 +52,8 @@ class Dropout(nn.Module):
         if not self.training or not self.p: return x
         if x.device.type != "cpu": return nn.functional.dropout(x, self.p)     # fused there
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        keep = draws[:x.numel()].view(x.shape) >= round(self.p * 65536) - 32768
+        first = round(min(self.p * 65536, 65535)) - 32768    # the smallest draw that is kept; int16 ends at 32767
+        keep = draws[:x.numel()].view(x.shape) >= first
         return x * (keep.to(x.dtype) / (1 - self.p))
 
 # %% ../../nbs/2_transformer/01_embeddings.ipynb #a72784ac
