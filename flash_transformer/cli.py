@@ -139,6 +139,8 @@ def train(
     prepared = prepare(recipe.data, run / "data", TokenizerPair.load(run) if resume else None)
     tokenizers = prepared.tokenizers
     sizes = {"source_vocab_size": tokenizers.source_size, "target_vocab_size": tokenizers.target_size}
+    if recipe.model.tie_embeddings == "all" and not tokenizers.joint:     # their sizes may happen to be equal
+        raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
     torch.manual_seed(recipe.train.seed)
     model = Transformer(TransformerConfig(**vars(recipe.model) | sizes))
     show = _show_samples(prepared, recipe.decode)
@@ -241,6 +243,8 @@ def _parser() -> ArgumentParser:
 # %% ../nbs/cli.ipynb #4cd8c20f
 def _command(arguments: list[str]):
     "Parse and run one command"
+    for before, path in zip(arguments, arguments[1:]):
+        if before == "--config" and Path(path).is_file(): _check_yaml(Path(path))
     try:
         options = _parser().parse_args(arguments)
         if getattr(options.get("train"), "resume", False):
@@ -253,6 +257,12 @@ def _command(arguments: list[str]):
         more = {"resume": options.resume} if name == "train" else {}
         return globals()[name](to_recipe(options), options.run, overwrite=options.overwrite, **more)
     return globals()[name](**vars(options))
+
+def _check_yaml(path: Path):
+    "Raises ValueError for a file that is no YAML of sections; jsonargparse would not name it"
+    try: content = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as e: raise ValueError(f"{path} is no YAML: {one_line(e)}") from e
+    if not isinstance(content, dict): raise ValueError(f"{path} is no recipe: it has no sections")
 
 _NOT_OURS = (TypeError, KeyError, AttributeError) # what jsonargparse lets through for broken YAML
 

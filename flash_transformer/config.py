@@ -10,6 +10,7 @@ import inspect
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -58,7 +59,12 @@ def _comments(section) -> dict[str, str]:
 
 # %% ../nbs/config.ipynb #1fde57da
 def to_recipe(options: Namespace) -> Recipe:
-    "The recipe in parsed options; raises ValueError for numbers that do not fit together"
+    "The recipe in parsed options; raises ValueError for what is no value, or does not fit together"
+    for name, section in Recipe.__annotations__.items():
+        if not isinstance(options[name], Namespace): raise ValueError(f"{name} must be a section of fields")
+        for field, value in vars(options[name]).items():
+            if value is None and type(None) not in get_args(section.__annotations__[field]):
+                raise ValueError(f"{name}.{field} needs a value, not null")
     return Recipe(DataConfig(**vars(options.data)), TransformerConfig(**vars(options.model)),
         TrainConfig(**vars(options.train)), DecodeConfig(**vars(options.decode)))
 
