@@ -45,9 +45,12 @@ def _refuse_existing(
     if not overwrite:
         raise FileExistsError(f"{run} already exists: replace it with --overwrite, go on with train --resume, "
             f"or choose another --run")
-    tokenizers = (run / f"{name}.json" for name in ("tokenizer", "source"))
-    if not ((run / "config.yaml").exists() and any(p.exists() for p in tokenizers)):
-        raise FileExistsError(f"{run} already exists and is no run folder: remove it yourself, or choose another --run")
+    if strangers := sorted(p.name for p in run.iterdir() if p.name not in _RUN_FILES):
+        raise FileExistsError(f"{run} holds what no run leaves ({', '.join(strangers[:3])}): remove it yourself, "
+            f"or choose another --run")
+
+_RUN_FILES = ("config.yaml", "tokenizer.json", "source.json", "target.json", "data", "checkpoints", "metrics.jsonl",
+    "model.safetensors", "evaluation.json", "plots")
 
 def _clear(run: Path, keep: tuple[str, ...] = ()):
     "Make `run`, empty but for `keep`"
@@ -75,7 +78,7 @@ def preprocess(
     "Load the corpus, learn its tokenizers, encode it; `train` with the same --run then starts at once"
     _refuse_existing(run, overwrite, keep=("data",))
     if not overwrite: _refuse_other_data(recipe, run)
-    prepared = prepare(recipe.data, run / "data")
+    prepared = prepare(recipe.data, None if overwrite else run / "data")
     _clear(run, keep=("data",))
     prepared.save(run / "data", recipe.data)
     tokenizers, train = prepared.tokenizers, prepared.train

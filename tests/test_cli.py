@@ -294,9 +294,9 @@ def test_folder_that_is_no_run_is_left_alone(text, tmp_path, command, contents, 
     (tmp_path / "mine" / "letters" / "dear.txt").write_text("years of work")
     before = contents(tmp_path)
     result = command("train", "--config", text / "tiny.yaml", "--run", tmp_path / "mine", *flag)
-    error = wrong(result, "mine already exists")
+    error = wrong(result, "mine")
     assert contents(tmp_path) == before
-    if flag: assert "no run folder" in error
+    assert (strange in error and "letters" in error) if flag else "already exists" in error
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]])
