@@ -296,7 +296,7 @@ def test_folder_that_is_no_run_is_left_alone(text, tmp_path, command, contents, 
     result = command("train", "--config", text / "tiny.yaml", "--run", tmp_path / "mine", *flag)
     error = wrong(result, "mine")
     assert contents(tmp_path) == before
-    assert (strange in error and "letters" in error) if flag else "already exists" in error
+    assert ("letters" if flag else "already exists") in error
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]])
