@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/1_attention/02_masks.ipynb #824ec715
-def _ahead(q_len, k_len, device=None): # → (q_len, k_len): how many places key j lies ahead of query i
-    return torch.arange(k_len, device=device) - torch.arange(k_len - q_len, k_len, device=device)[:, None]
+def _places(q_len, k_len, device=None): # → places of the queries (q_len,), numbers of the keys (k_len,)
+    return torch.arange(k_len - q_len, k_len, device=device), torch.arange(k_len, device=device)
 
 # %% ../../nbs/1_attention/02_masks.ipynb #53a0f11b
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class AttentionMask:
     key_lengths:Tensor|None=None # (batch,) whole numbers: only so many keys are real, the rest is padding
     window:tuple[int, int]|None=None # (left, right) keys around place i + k_len − q_len, −1 for no limit
     alibi:Tensor|None=None # slopes, (heads,) or (batch, heads): −slope·|i + k_len − q_len − j| is added to the scores
-    _made:dict=field(default_factory=dict, init=False, repr=False) # what `additive` made, for the next layer
+    _made:dict=field(default_factory=dict, init=False, repr=False) # what `additive` and others made, kept
 
     def __post_init__(self):
         for name, valid in (("causal", _valid_causal), ("key_lengths", _valid_lengths), ("window", _valid_window),
@@ -32,27 +32,43 @@ class AttentionMask:
 
     def dense(self, q_len:int, k_len:int, device=None) -> Tensor: # bool, broadcasts to (batch, heads, q_len, k_len)
         "The mask written out, True where query i may see key j; a dimension the rules do not need has size 1"
-        see = torch.ones(1, 1, 1, k_len, dtype=torch.bool, device=device)                              # 1 1 1 k
-        if self.key_lengths is not None:
-            see = torch.arange(k_len, device=device) < self.key_lengths.to(device)[:, None, None, None]  # b 1 1 k
-        left, right = self.window or (-1, -1)
-        if self.causal: right = 0
-        if right >= 0: see = see & (_ahead(q_len, k_len, device) <= right)                             # (b) 1 q k
-        if left >= 0: see = see & (_ahead(q_len, k_len, device) >= -left)
+        return self.see(*_places(q_len, k_len, device))
+
+    def see(self, places:Tensor, keys:Tensor) -> Tensor: # bool, broadcasts to (batch, heads, queries, keys)
+        "A piece of `dense`: may the queries at these places, i + k_len − q_len, see the keys of these numbers?"
+        see = torch.ones_like(keys, dtype=torch.bool).view(1, 1, 1, -1)                                 # 1 1 1 k
+        if self.key_lengths is not None: see = keys < self.key_lengths.to(keys.device)[:, None, None, None]  # b 1 1 k
+        left, right = self.sides
+        if right >= 0: see = see & (keys - places[:, None] <= right)                                    # (b) 1 q k
+        if left >= 0: see = see & (keys - places[:, None] >= -left)
         return see
+
+    @property
+    def sides(self) -> tuple[int, int]: # (left, right), −1 for no limit
+        "How far a query sees to its left and right by causal and window together"
+        left, right = self.window or (-1, -1)
+        return left, 0 if self.causal else right
 
     def bias(self, q_len:int, k_len:int, device=None, dtype=torch.float32) -> Tensor|None: # like `dense`
         "What ALiBi adds to the scores, −slope·distance (Press et al. 2022, section 3); None without slopes"
+        return self.distance_bias(*_places(q_len, k_len, device), dtype)
+
+    def distance_bias(self, places:Tensor, keys:Tensor, dtype=torch.float32) -> Tensor|None: # like `see`
+        "A piece of `bias`, for the queries at these places and the keys of these numbers; None without slopes"
         if self.alibi is None: return None
         exact = torch.promote_types(torch.promote_types(self.alibi.dtype, dtype), torch.float32)
-        slopes = self.alibi.to(device, exact).view(-1, self.alibi.shape[-1], 1, 1)                     # (b) h 1 1
-        return (-slopes * _ahead(q_len, k_len, device).abs()).to(dtype)                                # (b) h q k
+        slopes = self.alibi.to(keys.device, exact).view(-1, self.alibi.shape[-1], 1, 1)                 # (b) h 1 1
+        return (-slopes * (keys - places[:, None]).abs()).to(dtype)                                     # (b) h q k
 
     def additive(self, q_len:int, k_len:int, device=None, dtype=torch.float32) -> tuple[Tensor|None, Tensor|None]:
         "All of it as one term to add to the scores, and the rows that may see nothing; None for what is not needed"
         key = (q_len, k_len, device, dtype)
         if key not in self._made: self._made[key] = _additive(self, *key)
         return self._made[key]
+
+    def spans(self, first:int, last:int, k_len:int) -> tuple[range, range]:
+        "Keys that some query at places first … last may see, and those that each of them may see in each sentence"
+        return _spans(self, first, last, k_len)
 
     def check(self, batch:int, heads:int, k_len:int):
         "Raises ValueError where the mask does not fit tensors of these sizes; lengths on a GPU are not looked into"
@@ -100,6 +116,16 @@ def _check_fits(mask, batch, heads, k_len):
     if slopes is not None and tuple(slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi has shape {tuple(slopes.shape)}, for a batch of {batch} and {heads} heads: "
                          f"give ({heads},) or ({batch}, {heads}) slopes")
+
+# %% ../../nbs/1_attention/02_masks.ipynb #d5738160
+def _spans(mask, first, last, k_len):
+    if "lengths" not in mask._made:                                 # looking at a GPU's tensor makes it wait: once
+        lengths = mask.key_lengths
+        mask._made["lengths"] = None if lengths is None or not len(lengths) else tuple(map(int, lengths.aminmax()))
+    (shortest, longest), (left, right) = mask._made["lengths"] or (k_len, k_len), mask.sides
+    some = range(max(0, first - left) if left >= 0 else 0, min(longest, last + right + 1) if right >= 0 else longest)
+    each = range(max(0, last - left) if left >= 0 else 0, min(shortest, first + right + 1) if right >= 0 else shortest)
+    return some, each
 
 # %% ../../nbs/1_attention/02_masks.ipynb #7914b538
 def _additive(mask, q_len, k_len, device, dtype):
