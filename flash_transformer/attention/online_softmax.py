@@ -33,7 +33,7 @@ def running_softmax(
 
 # %% ../../nbs/1_attention/06_online_softmax.ipynb #263647ce
 def merge(
-    a:tuple[Tensor, ...], # of a part of the rows: maximum m (..., 1), then sums measured against it, s (..., 1), maybe o
+    a:tuple[Tensor, ...], # of a part of the rows: maximum m (..., 1), then sums measured against it: s (..., 1) and o
     b:tuple[Tensor, ...], # the same of another part
 ) -> tuple[Tensor, ...]: # the same of both parts together
     """What is known of two parts of a row, made one. Associative and commutative, with identity (−∞, 0) or (−∞, 0, 0).
