@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from .masks import AttentionMask
 
-# %% ../../nbs/1_attention/07_tiled.ipynb #f5bc1646
+# %% ../../nbs/1_attention/07_tiled.ipynb #f0e4fc99
 class _Tile(NamedTuple):
     rows:slice # of the queries
     keys:slice
-    whole:bool # every one of these queries may see every one of these keys
-    number:int # the tile's own, the same in both directions
+    whole:bool # each of these queries may see each of these keys
+    number:int # its own, the same forward and backward
 
 
-def _tiles(mask, q_len, k_len, block_q, block_k): # → the tiles in which anything may be seen, a row of them at a time
+def _tiles(mask, q_len, k_len, block_q, block_k): # → the tiles in which something may be seen, a row of them at a time
     tiles, across = [], math.ceil(k_len / block_k)
     for i, start in enumerate(range(0, q_len, block_q)):
         rows, some, each = slice(start, min(start + block_q, q_len)), range(k_len), range(k_len)
@@ -35,8 +35,13 @@ def _tiles(mask, q_len, k_len, block_q, block_k): # → the tiles in which anyth
             tiles.append(_Tile(rows, keys, whole, i * across + j))
     return tiles
 
-# %% ../../nbs/1_attention/07_tiled.ipynb #9e3a2c48
-class _Task(NamedTuple): # what every tile needs to know
+# %% ../../nbs/1_attention/07_tiled.ipynb #7e50ba02
+def _load(x, part, kv_heads): # rows of x in fast memory: b h n d → b kv (h / kv · rows) d, float32 or float64
+    block = x[:, :, part].to(torch.promote_types(x.dtype, torch.float32))
+    return block.reshape(len(x), kv_heads, x.shape[1] // kv_heads * block.shape[2], x.shape[3])
+
+# %% ../../nbs/1_attention/07_tiled.ipynb #f002e3b7
+class _Task(NamedTuple):
     mask:AttentionMask|None
     dropout:float
     scale:float
@@ -44,12 +49,10 @@ class _Task(NamedTuple): # what every tile needs to know
     block_q:int
     block_k:int
 
-    def load(self, x, part, kv_heads): # rows of x, in float32 or float64: b h q d → b kv (h/kv · rows) d
-        block = x[:, :, part].to(torch.promote_types(x.dtype, torch.float32))
-        return block.reshape(len(x), kv_heads, x.shape[1] // kv_heads * block.shape[2], x.shape[3])
+    def tiles(self, q, k): return _tiles(self.mask, q.shape[2], k.shape[2], self.block_q, self.block_k)
 
-    def scores(self, q_i, k_j, tile, heads, ahead): # → scores of the tile, and which of them count (None: all)
-        s = (q_i @ k_j.mT).mul_(self.scale)                         # b kv (h/kv · rows) keys
+    def scores(self, q_i, k_j, tile, heads, ahead): # → scores (b kv (h / kv · rows) keys), who sees whom (None: all do)
+        s = (q_i @ k_j.mT).mul_(self.scale)
         if self.mask is None or (tile.whole and self.mask.alibi is None): return s, None
         places = torch.arange(tile.rows.start, tile.rows.stop, device=s.device) + ahead
         keys = torch.arange(tile.keys.start, tile.keys.stop, device=s.device)
@@ -59,74 +62,70 @@ class _Task(NamedTuple): # what every tile needs to know
         see = fit(self.mask.see(places, keys))
         return s.masked_fill_(~see, -torch.inf), see
 
-    def kept(self, p, tile): # 0 for a weight that is dropped, else 1 / (1 − dropout); the same whenever it is asked
+    def kept(self, p, tile): # for each weight of the tile 0, if it is dropped, or 1 / (1 − dropout)
         generator = torch.Generator(p.device).manual_seed(self.seed + tile.number)
         return torch.empty_like(p).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
 
-# %% ../../nbs/1_attention/07_tiled.ipynb #d7fea832
-def _product(a, x, see): # a @ x, but what is not seen does not enter, not even as 0 · NaN
+# %% ../../nbs/1_attention/07_tiled.ipynb #4753e8c1
+def _product(a, x, see): # a @ x, of which row r takes only the terms that see[..., r, :] allows
     if see is None or x.isfinite().all(): return a @ x
-    odd = ~x.isfinite().all(dim=-1)                                 # rows of x with a NaN or an infinity
+    odd = ~x.isfinite().all(dim=-1)
     out = a @ x.masked_fill(odd[..., None], 0)
-    for c in odd.flatten(0, -2).any(dim=0).nonzero().flatten():     # and these one by one, for those who see them
+    for c in odd.flatten(0, -2).any(dim=0).nonzero().flatten():
         out += torch.where((see[..., c] & odd[..., None, c])[..., None], a[..., c, None] * x[..., None, c, :], 0)
     return out
 
-# %% ../../nbs/1_attention/07_tiled.ipynb #b0720b8d
-def _forward(task, q, k, v): # → out (b h q d), and the log of each row's sum of exponentials (b h q 1)
-    (b, heads, q_len, d), (kv_heads, k_len) = q.shape, k.shape[1:3]
+# %% ../../nbs/1_attention/07_tiled.ipynb #a5f14514
+def _forward(task, q, k, v): # → out (b h q d), and L, the log of each row's sum of exponentials (b h q 1)
+    heads, kv_heads, ahead = q.shape[1], k.shape[1], k.shape[2] - q.shape[2]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_full((b, heads, q_len, 1), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for rows, tiles in groupby(_tiles(task.mask, q_len, k_len, task.block_q, task.block_k), lambda tile: tile.rows):
-        q_i = task.load(q, rows, kv_heads)
+    lse = torch.full_like(out[..., :1], torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for rows, tiles in groupby(task.tiles(q, k), lambda tile: tile.rows):
+        q_i = _load(q, rows, kv_heads)
         o, m = torch.zeros_like(q_i), torch.full_like(q_i[..., :1], -torch.inf)
         l, seen = torch.zeros_like(m), torch.zeros_like(m, dtype=torch.bool)
         for tile in tiles:
-            k_j, v_j = task.load(k, tile.keys, kv_heads), task.load(v, tile.keys, kv_heads)
-            s, see = task.scores(q_i, k_j, tile, heads, k_len - q_len)
+            k_j, v_j = _load(k, tile.keys, kv_heads), _load(v, tile.keys, kv_heads)
+            s, see = task.scores(q_i, k_j, tile, heads, ahead)
             m_old, m = m, torch.maximum(m, s.amax(dim=-1, keepdim=True))
-            base = m.masked_fill(m == -torch.inf, 0)                # nothing seen so far: −∞ − (−∞) would be NaN
+            base = m.masked_fill(m == -torch.inf, 0)
             p, factor = s.sub_(base).exp_(), (m_old - base).exp_()
             l = l * factor + p.sum(dim=-1, keepdim=True)
-            if task.dropout: p *= task.kept(p, tile)                # after the sum: dropout strikes finished weights
+            if task.dropout: p *= task.kept(p, tile)
             o = o * factor + _product(p, v_j, see)
             seen |= True if see is None else see.any(dim=-1, keepdim=True)
         out[:, :, rows] = (o / l).masked_fill_(~seen, 0).view_as(out[:, :, rows])
         lse[:, :, rows] = (base + l.log()).masked_fill_(~seen, torch.inf).view_as(lse[:, :, rows])
     return out, lse
 
-# %% ../../nbs/1_attention/07_tiled.ipynb #821eab7a
+# %% ../../nbs/1_attention/07_tiled.ipynb #6e88215f
 def _backward(task, d_out, q, k, v, out, lse): # → dq, dk, dv
-    (b, heads, q_len, d), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    heads, kv_heads, ahead = q.shape[1], k.shape[1], k.shape[2] - q.shape[2]
     dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
-    delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1, keepdim=True)         # b h q 1, the D of the paper
-    tiles = sorted(_tiles(task.mask, q_len, k_len, task.block_q, task.block_k), key=lambda tile: tile.keys.start)
-    for keys, column in groupby(tiles, lambda tile: tile.keys):
-        k_j, v_j = task.load(k, keys, kv_heads), task.load(v, keys, kv_heads)
+    delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1, keepdim=True)                    # b h q 1
+    for keys, column in groupby(sorted(task.tiles(q, k), key=lambda tile: tile.keys.start), lambda tile: tile.keys):
+        k_j, v_j = _load(k, keys, kv_heads), _load(v, keys, kv_heads)
         for tile in column:
-            q_i, do_i, lse_i, delta_i = (task.load(x, tile.rows, kv_heads) for x in (q, d_out, lse, delta))
-            s, see = task.scores(q_i, k_j, tile, heads, k_len - q_len)
-            hide, turned = (None, None) if see is None else (~see, see.mT)
-            p, dp = s.sub_(lse_i).exp_(), do_i @ v_j.mT             # the weights again, from lse alone
-            if hide is not None: p.masked_fill_(hide, 0)
-            if task.dropout:
-                kept = task.kept(p, tile)
-                dv[:, :, keys] += _product((p * kept).mT, do_i, turned)
-                dp *= kept
-            else: dv[:, :, keys] += _product(p.mT, do_i, turned)
-            ds = dp.sub_(delta_i).mul_(p)
-            if hide is not None: ds.masked_fill_(hide, 0)           # for 0 · NaN is NaN
-            dk[:, :, keys] += _product(ds.mT, q_i, turned)
+            q_i, do_i, lse_i, delta_i = (_load(x, tile.rows, kv_heads) for x in (q, d_out, lse, delta))
+            s, see = task.scores(q_i, k_j, tile, heads, ahead)
+            seen_by = None if see is None else see.mT
+            p, dp = s.sub_(lse_i).exp_(), do_i @ v_j.mT
+            if see is not None: p.masked_fill_(~see, 0)             # where L is NaN, it must not reach the hidden keys
+            kept = task.kept(p, tile) if task.dropout else 1
+            dv[:, :, keys] += _product((p * kept).mT, do_i, seen_by)
+            ds = dp.mul_(kept).sub_(delta_i).mul_(p)
+            if see is not None: ds.masked_fill_(~see, 0)
+            dk[:, :, keys] += _product(ds.mT, q_i, seen_by)
             dq[:, :, tile.rows] += _product(ds, k_j, see).view_as(dq[:, :, tile.rows])
     return dq.mul_(task.scale).to(q.dtype), dk.mul_(task.scale).to(k.dtype), dv.to(v.dtype)
 
-# %% ../../nbs/1_attention/07_tiled.ipynb #2ca53b7b
+# %% ../../nbs/1_attention/07_tiled.ipynb #043c503f
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, task):
-        with torch.autocast(q.device.type, enabled=False): out, lse = _forward(task, q, k, v)
+        with torch.autocast(q.device.type, enabled=False): out, lse = _forward(task, q, k, v)   # it has its own float32
         ctx.task = task
-        ctx.save_for_backward(q, k, v, out, lse)                    # all of size N · d or N; nothing of size N²
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
@@ -135,7 +134,7 @@ class _Tiled(torch.autograd.Function):
         with torch.autocast(d_out.device.type, enabled=False):
             return *_backward(ctx.task, d_out, *ctx.saved_tensors), None
 
-# %% ../../nbs/1_attention/07_tiled.ipynb #213c0bf5
+# %% ../../nbs/1_attention/07_tiled.ipynb #ef97d136
 def tiled_attention(
     q:Tensor, # queries, (batch, heads, q_len, head_dim)
     k:Tensor, # keys, (batch, kv_heads, k_len, head_dim), kv_heads divides heads
@@ -146,9 +145,9 @@ def tiled_attention(
     block_q:int=256, # queries in a tile
     block_k:int=256, # keys in a tile
 ) -> Tensor: # (batch, heads, q_len, head_dim), of q's dtype; computed in float32, or in float64 if q is
-    """FlashAttention-2 in plain PyTorch (Dao 2023, algorithms 1 and 2): memory grows with length, not with its square.
+    """FlashAttention-2 in plain PyTorch (Dao 2023, algorithms 1 and 2): memory grows with the length, not its square.
 
-    `attention(..., backend="tiled")` checks its arguments; here only the blocks are. Gradients can be taken once.
+    `attention(..., backend="tiled")` checks all arguments; here only the blocks are. Gradients can be taken once.
     Raises ValueError for blocks below 1"""
     if min(block_q, block_k) < 1: raise ValueError(f"block_q is {block_q}, block_k {block_k}: a tile needs at least 1")
     seed = int(torch.randint(2 ** 53, ())) if dropout else 0        # so torch.manual_seed governs it
