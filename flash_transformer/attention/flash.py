@@ -18,8 +18,12 @@ from torch import Tensor
 from .masks import AttentionMask
 
 # %% ../../nbs/1_attention/09_flash_attn.ipynb #70110aa8
-def _interpreted(): # may flash-attn run on CPU tensors, slowly, in Triton's interpreter?
-    return os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") == "TRUE" and os.environ.get("TRITON_INTERPRET") == "1"
+def _triton_backend(): # is flash-attn's Triton backend, meant for AMD's GPUs, switched on?
+    return os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") == "TRUE"
+
+
+def _interpreted(): # may it run on CPU tensors, slowly, in Triton's interpreter?
+    return _triton_backend() and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -43,8 +47,8 @@ def _too_old(device): # → why this GPU does not serve, or ''
     capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0): return ""
     generation = GENERATIONS[max(c for c in GENERATIONS if c <= max(capability, (5, 0)))]
-    return (f"{torch.cuda.get_device_name(device)} is of the {generation} generation (sm_{capability[0]}{capability[1]}): "
-            "flash-attn 2 needs Ampere (sm_80) or later")
+    return (f"{torch.cuda.get_device_name(device)} is of the {generation} generation "
+            f"(sm_{capability[0]}{capability[1]}): flash-attn 2 needs Ampere (sm_80) or later")
 
 
 def missing() -> str: # why flash-attn cannot run on this machine, or ''
@@ -80,7 +84,7 @@ SMALL = {(8, 6), (8, 9), (12, 0), (12, 1)}          # less than 144 kB of shared
 
 
 def _cannot_mask(mask):
-    if mask.window and os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") == "TRUE":
+    if mask.window and _triton_backend():
         return "flash-attn's Triton backend, which is switched on here, overlooks windows"
     if mask.key_lengths is not None and (mask.causal or mask.window or mask.alibi is not None):
         return ("flash-attn counts places from the end of each sentence's real keys, a mask with key_lengths from the "
@@ -98,6 +102,15 @@ def _options(q, mask, dropout, scale, sequences): # our arguments by the names t
     if alibi is not None: alibi = alibi.to(q.device, torch.float32).expand(sequences, -1)    # s h
     return dict(dropout_p=dropout, softmax_scale=scale, causal=mask.causal, window_size=mask.window or (-1, -1),
                 alibi_slopes=alibi, deterministic=torch.are_deterministic_algorithms_enabled())
+
+
+def _call(function, q, k, v, *args, **options): # one of the package's functions
+    package, _ = _package()
+    triton = _triton_backend()
+    if triton: q, k, v = (x.contiguous() for x in (q, k, v))        # it takes the strides of k for those of dk ...
+    out = getattr(package, function)(q, k, v, *args, **options)
+    if triton and out.requires_grad: out.register_hook(Tensor.contiguous)    # ... and those of out for those of dout
+    return out
 
 
 def _nothing(q, k, v): # zeros that still have gradients, which are zeros
@@ -120,9 +133,8 @@ def flash_attention_varlen(
     if not (max_q and max_k and q.numel() and k.numel()): return _nothing(q, k, v)
     mask = mask or AttentionMask()
     if mask.window: max_k = max(max_k, max_q)       # a side as wide as max_k counts as open: here it then is
-    package, _ = _package()
-    return package.flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k,
-                                          **_options(q, mask, dropout, scale, len(cu_q) - 1))
+    options = _options(q, mask, dropout, scale, len(cu_q) - 1)
+    return _call("flash_attn_varlen_func", q, k, v, cu_q, cu_k, max_q, max_k, **options)
 
 # %% ../../nbs/1_attention/09_flash_attn.ipynb #4cc8c799
 def _beside_padding(lengths, q_len, k_len): # (batch,) → cu_q, cu_k of 2·batch sequences: real keys, padding, real …
@@ -146,9 +158,8 @@ def flash_attention(
     mask, (batch, _, q_len, _), k_len = mask or AttentionMask(), q.shape, k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                     # b n h d
     if mask.key_lengths is None and not (mask.window and q_len > k_len):
-        package, _ = _package()
-        return package.flash_attn_func(q, k, v, **_options(q, mask, dropout, scale, batch)).transpose(1, 2)
-    if mask.key_lengths is None:                                         # flash_attention_varlen gets such windows right
+        return _call("flash_attn_func", q, k, v, **_options(q, mask, dropout, scale, batch)).transpose(1, 2)
+    if mask.key_lengths is None:                                         # for such windows, see flash_attention_varlen
         cu_q, cu_k = (torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=q.device) for n in (q_len, k_len))
     else:
         cu_q, cu_k = _beside_padding(mask.key_lengths.to(q.device), q_len, k_len)
