@@ -60,7 +60,7 @@ def _each_alone(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, dropout, scale, backe
     return torch.cat([nothing, *outs], dim=2)[0].transpose(0, 1)    # total h d
 
 # %% ../../nbs/1_attention/10_packed.ipynb #56b842c3
-def _check_bounds(side, bounds, total, longest): # side q or k; longest: what the caller says of it → what it is
+def _check_bounds(side, bounds, total, told): # side "q" or "k"; told: the longest, or None → length of the longest
     name = f"cu_seqlens_{side}"
     if not isinstance(bounds, Tensor): raise TypeError(f"{name} must be a tensor, not {type(bounds).__name__}")
     if bounds.dim() != 1 or len(bounds) < 1:
@@ -68,7 +68,7 @@ def _check_bounds(side, bounds, total, longest): # side q or k; longest: what th
                          "and the total")
     if bounds.is_floating_point() or bounds.dtype == torch.bool:
         raise ValueError(f"{name} is {bounds.dtype}: give whole numbers, int32 as flash-attn wants them")
-    if bounds.device.type != "cpu" and longest is not None: return longest  # looking would make a GPU wait
+    if bounds.device.type != "cpu" and told is not None: return told  # looking would make a GPU wait
     lengths = bounds.diff().tolist()
     most = max(lengths, default=0)
     if bounds.device.type != "cpu": return most
@@ -77,15 +77,14 @@ def _check_bounds(side, bounds, total, longest): # side q or k; longest: what th
         if length < 0: raise ValueError(f"{name} falls from {int(bounds[n])} to {int(bounds[n + 1])} at place {n + 1}: "
                                         "it must rise")
     if bounds[-1] != total: raise ValueError(f"{name} ends at {int(bounds[-1])}, but there are {total} tokens")
-    if longest is not None and longest < most:
-        raise ValueError(f"max_seqlen_{side} is {longest}, but sequence {lengths.index(most)} has {most} tokens")
+    if told is not None and told < most:
+        raise ValueError(f"max_seqlen_{side} is {told}, but sequence {lengths.index(most)} has {most} tokens")
     return most
 
 # %% ../../nbs/1_attention/10_packed.ipynb #a26e26a0
-def _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, mask, dropout, scale): # → the scale, the longest
+def _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, told, mask, dropout, scale): # → the scale, the longest of q, k
     _check_tensors(q, k, v, "(total, heads, head_dim)", heads_at=1)
-    longest = (_check_bounds("q", cu_seqlens_q, len(q), longest[0]),
-               _check_bounds("k", cu_seqlens_k, len(k), longest[1]))
+    longest = _check_bounds("q", cu_seqlens_q, len(q), told[0]), _check_bounds("k", cu_seqlens_k, len(k), told[1])
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         raise ValueError(f"cu_seqlens_q has {len(cu_seqlens_q)} entries, cu_seqlens_k {len(cu_seqlens_k)}: "
                          "queries and keys must be of equally many sequences")
@@ -126,8 +125,8 @@ def attention_varlen(
 
     Causal is aligned at the end of each sequence. Backends without a packed kernel take the sequences one by one.
     Raises ValueError or TypeError where shapes, dtypes, devices, cu_seqlens, mask or backend do not fit"""
-    scale, longest = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), mask, dropout,
-                                   scale)
+    told = max_seqlen_q, max_seqlen_k
+    scale, longest = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, told, mask, dropout, scale)
     chosen = _choose_packed(backend, q, k, v, mask, dropout)
     if chosen is None: return _each_alone(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, dropout, scale, backend)
     bounds = (cu.to(q.device, torch.int32) for cu in (cu_seqlens_q, cu_seqlens_k))
