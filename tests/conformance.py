@@ -94,12 +94,16 @@ def expected(q, k, v, direction, see, bias, scale, dtype, exact_scores=False):
     def shared(e): return e.square().unflatten(1, (kv_heads, -1)).sum(2).sqrt()  # heads of a group meet in one sum
     k, v = (x.repeat_interleave(q.shape[1] // kv_heads, dim=1) for x in (k, v))
 
+    # A sum of n terms is n roundings more, of partial sums that are √(n/2) times as large as a term, on the average.
+    def adding(n): return fine * (n / 2) ** 0.5
+    n_keys, n_queries = see.sum(-1, keepdim=True), see.sum(-2, keepdim=True)
+
     # The scores: q · scale is rounded, the product, and the sum with ALiBi's term, itself rounded. Where all of that
     # has few enough binary digits (exact_scores), only what a kernel does in float32 is left: exponents, logarithms.
-    scores = q @ k.mT * scale
-    off = joined(scores, meeting(q, k.mT) * scale)
-    if bias is not None: off, scores = joined(off, bias, scores + bias), scores + bias
-    off, off_again = off * (fine if exact_scores else u), fine * joined(off, scores)
+    scores, terms = q @ k.mT * scale, meeting(q, k.mT) * scale
+    numbers = joined(terms, scores)
+    if bias is not None: numbers, scores = joined(numbers, bias, scores + bias), scores + bias
+    off = joined((fine if exact_scores else u) * numbers, 0 if exact_scores else adding(q.shape[-1]) * terms)
     # The weights: the odds of a key are changed by its own score's error, and by those of its rivals, as far as they
     # do not cancel. This is not linear: in half precision a score of 10,000 may be off by 20.
     w = scores.masked_fill(~see, -torch.inf).softmax(-1).nan_to_num(0)
@@ -109,23 +113,24 @@ def expected(q, k, v, direction, see, bias, scale, dtype, exact_scores=False):
     moved = torch.maximum(w * odds / (w * odds + rest) - w, w - w / (w + rest * odds)).nan_to_num(0)
     off_w = joined(moved, rounded(w)) * see
     out = w @ v
-    off_out = joined(meeting(off_w, v), rounded(out))
+    off_out = joined(meeting(joined(off_w, adding(n_keys) * w), v), rounded(out))
 
     # The backward pass: dv = wᵀ·direction, dw = direction·vᵀ, ds = w ∘ (dw − D) with D = rowsum(direction ∘ out).
     # FlashAttention computes the weights anew, exp(score − log Σ exp), from the one number that it has kept of a row:
     # errors of scores and logarithm (in float32) do not cancel here, as they do where the sum is taken afterwards.
-    off_again = joined(off_w, w * off_again)
+    off_w = joined(off_w, w * joined(fine * numbers, fine * scores, 0 if exact_scores else adding(q.shape[-1]) * terms))
     dw, delta = direction @ v.mT, (direction * out).sum(-1, keepdim=True)
-    off_dw = joined(fine * meeting(direction, v.mT), rounded(dw))
-    off_delta = joined(length(moved * (dw - delta)), length(rounded(w) * dw), length(w * off_dw),
-                       length(direction * rounded(out)), rounded(delta))
+    off_dw = joined(adding(q.shape[-1]) * meeting(direction, v.mT), rounded(dw))
+    off_delta = joined(length(moved * (dw - delta)), length(rounded(w) * dw), length(w * off_dw), rounded(delta),
+                       length(direction * joined(rounded(out), adding(q.shape[-1]) * out)))
     ds, most = w * (dw - delta), w + moved
-    off_ds = joined(off_again * (dw - delta), most * off_dw, rounded(ds))       # and −w · off_delta, a whole row alike
+    off_ds = joined(off_w * (dw - delta), most * off_dw, rounded(ds))           # and −w · off_delta, a whole row alike
     dq, dk, dv = ds @ k * scale, ds.mT @ q * scale, w.mT @ direction
+    for_dq, for_dk = joined(off_ds, adding(n_keys) * ds), joined(off_ds, most * off_delta, adding(n_queries) * ds)
     return [off_out,
-            joined(meeting(off_ds, k) * scale, off_delta * (most @ k) * scale, rounded(dq)),
-            shared(joined(meeting(joined(off_ds, most * off_delta).mT, q) * scale, rounded(dk))),
-            shared(joined(meeting(off_again.mT, direction), rounded(dv)))]
+            joined(meeting(for_dq, k) * scale, off_delta * (most @ k) * scale, rounded(dq)),
+            shared(joined(meeting(for_dk.mT, q) * scale, rounded(dk))),
+            shared(joined(meeting(joined(off_w, adding(n_queries) * w).mT, direction), rounded(dv)))]
 
 
 def worst(x): return x.abs().max().item() if x.numel() else 0.
