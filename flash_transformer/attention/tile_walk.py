@@ -166,6 +166,7 @@ section { margin-top: 6px; padding-top: 4px; border-top: 1px solid var(--line); 
 .key { font-size: 12.5px; color: var(--dim); margin: 3px 0 0; }
 .key span { white-space: nowrap; margin-right: 7px; }
 .key i { display: inline-block; width: 11px; height: 11px; border: 1px solid var(--line); vertical-align: -1px; }
+@media (max-width: 480px) { .pair small { display: none; } }
 @media (prefers-reduced-motion: no-preference) { .track div { transition: width 0.25s; } }
 """
 
@@ -225,13 +226,13 @@ function paint(x, scale, weight) {
   const strength = 0.06 + 0.84 * Math.min(1, Math.abs(x) / scale);
   return `fill="var(--${weight ? 'prob' : x < 0 ? 'neg' : 'pos'})" fill-opacity="${x === 0 ? 0 : strength.toFixed(2)}"`;
 }
-// a table of numbers with its corner at (x, y); cells w × h; printed says whether the numbers are written out
+// a table with its corner at (x, y), cells w × h; where numbers are printed the colours are paler, to be read through
 function grid(table, x, y, w, h, { scale = 1, weight = false, printed = false } = {}) {
   return table.map((row, i) => row.map((value, j) => {
     const text = printed && typeof value === 'number' ? `<text x="${x + (j + 0.5) * w}" y="${y + (i + 0.5) * h + 4}"
       font-size="11.5" text-anchor="middle">${number(value)}</text>` : '';
     return `<rect x="${x + j * w}" y="${y + i * h}" width="${w}" height="${h}" stroke="var(--line)" stroke-width="0.7"
-      ${paint(value, scale, weight)}/>${text}`;
+      ${paint(value, printed ? 1.7 * scale : scale, weight)}/>${text}`;
   }).join('')).join('');
 }
 const box = (x, y, w, h) =>
@@ -274,8 +275,8 @@ function state(side, t) {
 }
 function panel(side, t) {
   const { scores, out, isWeight } = state(side, t), { phase, rows, keys, fast } = W.frames[t][side];
-  let art = HATCH + label(LEFT - 3 * U, TOP - 3, 'Q') + label(LEFT - 4, TOP - 2.6 * U, 'Kᵀ', 'text-anchor="end"')
-    + label(RIGHT + D * U / 2, TOP - 3, 'O') + label(LEFT - 4, BELOW + D * U / 2 + 4, 'Vᵀ', 'text-anchor="end"')
+  let art = HATCH + label(LEFT - 3 * U, TOP - 3, 'Q') + label(LEFT - U, TOP - (D / 2 + 1) * U + 4, 'Kᵀ')
+    + label(RIGHT + D * U / 2, TOP - 3, 'O') + label(LEFT - U, BELOW + D * U / 2 + 4, 'Vᵀ')
     + grid(W.q, 0, TOP, U, U, { scale: most.q }) + grid(flip(W.k), LEFT, 10, U, U, { scale: most.k })
     + grid(flip(W.v), LEFT, BELOW, U, U, { scale: most.v }) + grid(out, RIGHT, TOP, U, U, { scale: most.v });
   scores.forEach((row, i) => row.forEach((x, j) => art += grid([[x]], LEFT + j * U, TOP + i * U, U, U,
@@ -376,6 +377,7 @@ document.onkeydown = event => {
 _SURROUNDINGS = """
 // the first opaque background behind the frame; null where the page around it may not be looked at
 function background() {
+  if (!frameElement) return null;
   try {
     for (let node = frameElement; node; node = node.parentElement) {
       const colour = parent.getComputedStyle(node).backgroundColor, parts = colour.match(/[\\d.]+/g).map(Number);
@@ -428,13 +430,13 @@ class TileWalk:
 
     def __repr__(self):
         naive, tiled = (sum(self.frames[-1][side][way] for way in ("read", "written")) for side in ("naive", "tiled"))
-        return (f"TileWalk: {len(self.q)} queries, {len(self.k)} keys, head_dim {self.q.shape[1]}, tiles of "
-                f"{self.blocks[0]} × {self.blocks[1]}{', causal' * self.causal}; {len(self.frames)} frames; "
-                f"naive moves {naive} bytes, tiled {tiled}")
+        tiles = f"tiles {self.blocks[0]} × {self.blocks[1]}" + ", causal" * self.causal
+        return (f"TileWalk: {len(self.q)} queries, {len(self.k)} keys, head_dim {self.q.shape[1]}, {tiles}; "
+                f"{len(self.frames)} frames; bytes: naive {naive}, tiled {tiled}")
 
 # %% ../../nbs/1_attention/13_tile_walk.ipynb #86c5738a
 def _rounded(x):
-    if isinstance(x, float): return round(x, 3)
+    if isinstance(x, float): return round(x, 2)
     if isinstance(x, dict): return {name: _rounded(y) for name, y in x.items()}
     return [_rounded(y) for y in x] if isinstance(x, (list, tuple)) else x
 
