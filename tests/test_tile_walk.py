@@ -117,6 +117,7 @@ def test_the_page_survives_its_frame_and_needs_nobody():
     assert not {"link", "img", "object", "iframe"} & {tag for tag, _ in elements}
     assert not re.search(r"https?:|//[a-z]|@import|fetch\(|XMLHttp|import\(|url\((?!#hatch)", walk.page)
     assert walk.page.count("<script>") == walk.page.count("</script>") == 1
+    assert "```" not in walk.page                                  # would end the block in which Quarto passes it on
 
 
 def test_no_text_in_the_data_ends_the_script_or_the_attribute():
