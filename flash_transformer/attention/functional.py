@@ -66,10 +66,18 @@ def _written(q, k, mask): # → how many numbers SDPA must be given to know this
     return batch * (1 if mask.alibi is None else q.shape[1]) * q.shape[2] * k.shape[2]
 
 
+def _narrow(q, k, mask): # on a CPU: does a window hide so much that going tile by tile is faster?
+    left, right = (-1, -1) if mask is None else mask.sides
+    if q.device.type != "cpu" or min(left, right) < 0: return False
+    share = 12 if q.dtype in (torch.bfloat16, torch.float16) else 5  # `tiled` computes these in float32
+    return share * (left + right + 512) < min(q.shape[2], k.shape[2])  # 512: the edges of tiles, computed in vain
+
+
 def _sdpa_slow(q, k, v, mask, dropout):
     if _written(q, k, mask) > HUGE: return "this mask, written out for it, would be larger than 1 GiB"
     if q.device.type != "cpu": return ""
     if dropout: return "on a CPU it is not fused when weights are dropped out, and plain products are as fast"
+    if _narrow(q, k, mask): return "it computes all the scores, and this window hides most of them"
     train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if train and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= SHORT:
         return f"on a CPU, in half precision, its backward pass is slow for rows of up to {SHORT} keys"
@@ -77,7 +85,7 @@ def _sdpa_slow(q, k, v, mask, dropout):
 
 
 def _tiled_slow(q, k, v, mask, dropout):
-    if len(q) * q.shape[1] * q.shape[2] * k.shape[2] > HUGE: return ""
+    if len(q) * q.shape[1] * q.shape[2] * k.shape[2] > HUGE or _narrow(q, k, mask): return ""
     return "it is written to be read, and the scores of these tensors are few enough for the others"
 
 # %% ../../nbs/1_attention/03_backends.ipynb #149cd3d3
@@ -105,7 +113,12 @@ def _chapter(name, about, module, function, packed=None):
 
 
 BACKENDS = [
+    _chapter("flash_attn", "the CUDA kernels of the package flash-attn", "flash", "flash_attention",
+             "flash_attention_varlen"),
+    _chapter("triton", "FlashAttention-2 in our own Triton kernels", "triton_kernels", "triton_attention",
+             "triton_attention_varlen"),
     Backend("sdpa", "PyTorch's fused scaled_dot_product_attention", _sdpa, slow=_sdpa_slow),
+    _chapter("flex", "PyTorch's FlexAttention, a kernel compiled for the mask", "flex", "flex_attention"),
     Backend("tiled", "FlashAttention-2 in plain PyTorch, to be read", _from("tiled", "tiled_attention"),
             slow=_tiled_slow),
     Backend("naive", "two matrix products and a softmax, the reference", _naive),  # serves always, so it is the last
@@ -120,7 +133,8 @@ def _find(name):
     for backend in BACKENDS:
         if backend.name == name: return backend
     names = ["auto", *(b.name for b in BACKENDS)]
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
+    begun = [n for n in names if str(name).lower().startswith(n)]   # as in "flex_attention"
+    near = (begun or difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0))[0]
     raise ValueError(f"there is no attention backend {name!r}; did you mean {near!r}? There are {', '.join(names)}")
 
 # %% ../../nbs/1_attention/03_backends.ipynb #fbe07e72
