@@ -2,4 +2,4 @@
 from flash_transformer.attention.functional import attention, attention_weights, backends, explain
 from flash_transformer.attention.masks import AttentionMask
 from flash_transformer.attention.multihead import KeyValueCache, MultiHeadAttention
-from flash_transformer.attention.packed import attention_varlen
+from flash_transformer.attention.packed import attention_varlen, pack, unpack
