@@ -1,5 +1,4 @@
 "Triton's kernels in its interpreter: outputs and gradients, every rule of the mask, dropout, packed sequences, bad numbers"
-import itertools
 import math
 import os
 
@@ -9,87 +8,78 @@ if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 
+from conformance import Packed, Problem, with_gradients
+
 from flash_transformer.attention import AttentionMask, attention
 from flash_transformer.attention import triton_kernels as backend
 from flash_transformer.attention.triton_kernels import triton_attention, triton_attention_varlen
 
 pytestmark = [pytest.mark.skipif(bool(backend.missing()), reason=backend.missing()),
               pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")]   # NaN in NumPy
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def tensors(batch, heads, kv_heads, q_len, k_len, d, dtype=torch.float16, seed=0):
-    torch.manual_seed(seed)
-    return [torch.randn(batch, h, n, d).to(DEVICE, dtype)
-            for h, n in ((heads, q_len), (kv_heads, k_len), (kv_heads, k_len), (heads, q_len))]
+def call(mask=None, dropout=0., scale=.25): return lambda q, k, v: triton_attention(q, k, v, mask, dropout, scale)
 
 
-def run(f, q, k, v, g): # → output and gradients
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = f(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), g.to(out.dtype))]
+def case(q_len=50, k_len=60, d=16, batch=1, heads=2, kv_heads=1, dtype=torch.float16, **other):
+    "A case for conformance.py: no mask and ordinary numbers, but for what is said"
+    plain = dict(scores="ordinary", scale=None, seed=0, causal=False, lengths=None, window=None, alibi=None, turned=False)
+    return dict(batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, k_len=k_len, head_dim=d, dtype=dtype,
+                **plain) | other
+
+
+def check(**other):
+    problem = Problem(case(**other))
+    problem.check(problem.solve(lambda q, k, v, mask, scale: triton_attention(
+        q, k, v, mask, 0., q.shape[-1]**-.5 if scale is None else scale)), "triton")
+
+
+def tensors(batch, heads, kv_heads, q_len, k_len, d):
+    torch.manual_seed(0)
+    return [torch.randn(batch, h, n, d).half() for h, n in ((heads, q_len), (kv_heads, k_len), (kv_heads, k_len),
+                                                            (heads, q_len))]
+
+
+def run(f, *qkvg): return with_gradients(f, qkvg[:3], qkvg[3])
 
 
 def naive(mask, scale): return lambda q, k, v: attention(q, k, v, mask, 0., scale, backend="naive")
 
 
-def check(qkvg, mask=None, scale=None):
-    "flash-attention's criterion: at most twice the error of plain attention in the same dtype, and a rounding"
-    scale = scale or qkvg[0].shape[-1]**-.5
-    ours = run(lambda q, k, v: triton_attention(q, k, v, mask, 0., scale), *qkvg)
-    exact, plain = run(naive(mask, scale), *(x.double() for x in qkvg)), run(naive(mask, scale), *qkvg)
-    for name, a, e, p in zip(("output", "dq", "dk", "dv"), ours, exact, plain, strict=True):
-        error, allowed = (a.double() - e).abs().max().item(), (p.double() - e).abs().max().item()
-        rounding = torch.finfo(a.dtype).eps * e.abs().max().item()
-        assert error <= 2 * allowed + rounding / 2, f"{name}: {error:.1e} against {allowed:.1e}"
-    return ours
-
+# right: output and gradients against float64
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("d", [1, 3, 16, 17, 40, 64, 80, 128, 256])
-def test_head_sizes(d, dtype):
-    check(tensors(1, 1, 1, 35, 45, d, dtype), AttentionMask(causal=True))
+def test_head_sizes(d, dtype): check(q_len=35, k_len=45, d=d, heads=1, dtype=dtype, causal=True)
 
 
-@pytest.mark.parametrize("q_len, k_len", [(1, 1), (1, 70), (70, 1), (32, 32), (33, 31), (96, 64)])
+@pytest.mark.parametrize("q_len, k_len", [(1, 1), (1, 70), (70, 1), (64, 64), (65, 31), (96, 128)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_lengths(q_len, k_len, causal):
-    check(tensors(1, 2, 2, q_len, k_len, 16), AttentionMask(causal=causal))
+def test_lengths(q_len, k_len, causal): check(q_len=q_len, k_len=k_len, causal=causal)
 
 
-MASKS = [dict(window=(9, 20)), dict(window=(0, -1)), dict(window=(-1, 3)), dict(window=(0, 0), causal=True),
-         dict(window=(10**12, 10**12)), dict(alibi=torch.tensor([.5, .1, 2., .02])),
-         dict(alibi=torch.rand(3, 4, generator=torch.Generator().manual_seed(0)), causal=True),
-         dict(key_lengths=torch.tensor([0, 17, 60])), dict(key_lengths=torch.tensor([60, 1, 32]), causal=True),
-         dict(key_lengths=torch.tensor([5, 40, 33]), causal=True, window=(20, 7), alibi=torch.tensor([.5, .1, 2., .02]))]
+@pytest.mark.parametrize("mask", [
+    dict(window=(9, 20)), dict(window=(0, -1)), dict(window=(-1, 3)), dict(window=(0, 0), causal=True),
+    dict(window=(10**12, 10**12)), dict(alibi="per head"), dict(alibi="per sentence", causal=True),
+    dict(lengths=[0, 17, 60]), dict(lengths=[60, 1, 32], causal=True),
+    dict(lengths=[5, 40, 33], causal=True, window=(20, 7), alibi="per sentence")], ids=lambda mask: "-".join(mask))
+def test_masks_with_grouped_heads(mask): check(batch=3, heads=4, kv_heads=2, **mask)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=lambda m: "-".join(m))
-def test_masks_with_grouped_heads(mask):
-    mask = AttentionMask(**mask)
-    qkvg = tensors(3, 4, 2, 50, 60, 16)
-    ours = check(qkvg, mask)
-    nothing = ~mask.dense(50, 60).any(-1).expand(3, 4, 50)
-    assert not ours[0][nothing].any() and not ours[1][nothing].any()       # zeros, with zero gradients
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 16)])
+@pytest.mark.parametrize("mask", [dict(), dict(causal=True), dict(window=(30, 10), lengths=[100])],
+                         ids=["no edge", "one edge", "two edges"])
+def test_blocks(blocks, mask, monkeypatch):
+    config = backend.triton.Config(dict(zip(("BLOCK_Q", "BLOCK_K"), blocks, strict=True)))
+    for kernel in (backend._forward, backend._backward_dq, backend._backward_dkdv):
+        monkeypatch.setattr(kernel, "configs", [config])
+    check(q_len=80, k_len=110, heads=1, **mask)
 
 
-def test_blocks(monkeypatch):
-    "Any size of blocks, on tiles with one edge, two edges and none"
-    for q, k in ((16, 16), (16, 64), (64, 16)):
-        for kernel in (backend._forward, backend._backward_dq, backend._backward_dkdv):
-            monkeypatch.setattr(kernel, "configs", [backend.triton.Config({"BLOCK_Q": q, "BLOCK_K": k})])
-        for mask in (None, AttentionMask(causal=True), AttentionMask(window=(30, 10), key_lengths=torch.tensor([100]))):
-            check(tensors(1, 1, 1, 80, 110, 16), mask)
-
-
-@pytest.mark.parametrize("scale", [-.5, 0., 40.])
-def test_scales(scale): check(tensors(1, 1, 1, 40, 50, 16), AttentionMask(causal=True), scale or 1e-30)
-
-
-def test_extreme_scores():
-    q, k, v, g = tensors(1, 1, 1, 40, 50, 16)
-    check((q * 50, k * 50, v, g), scale=1.)                                # to ±1e4
-    check((q * 50, k * 50, v, g), AttentionMask(causal=True), 1.)
+@pytest.mark.parametrize("numbers", [
+    dict(scale=-.5), dict(scale=0.), dict(scores="wide"), dict(scores="all near 10000"),
+    dict(scores="extreme by q and k"), dict(scores="grid")], ids=lambda numbers: " ".join(f"{k} {v}" for k, v in numbers.items()))
+def test_scores(numbers): check(causal=True, dtype=torch.bfloat16, **numbers)
 
 
 def test_empty():
@@ -100,50 +90,50 @@ def test_empty():
 
 
 def test_strides():
-    "Slices of one fused projection, transposed, expanded, and gradients that are expanded"
+    "Slices of one fused projection, transposed, expanded, cut out, and gradients that are expanded"
     torch.manual_seed(0)
-    qkv = torch.randn(2, 40, 3, 2, 32).half().to(DEVICE)
-    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))                   # b h n d, far apart
-    g = torch.ones((), dtype=torch.half, device=DEVICE).expand(2, 2, 40, 32)
-    strange = [(q, k, v, g), (q.mT, k.mT, v.mT, g.mT),
-               (q, k[:, :1].expand_as(k), v[:1].expand_as(v), g), (q[..., 1:18], k[..., 1:18], v[..., 1:18], g[..., :17])]
-    for qkvg in strange:
-        f = lambda q, k, v: triton_attention(q, k, v, AttentionMask(causal=True), 0., .2)
-        same = run(f, *(x.contiguous() for x in qkvg))
-        assert all(map(torch.equal, run(f, *qkvg), same))
+    q, k, v = (x.transpose(1, 2) for x in torch.randn(2, 40, 3, 2, 32).half().unbind(2))        # b h n d, far apart
+    g = torch.ones((), dtype=torch.half).expand(2, 2, 40, 32)
+    cut = slice(1, 18)
+    for qkvg in ((q, k, v, g), (q.mT, k.mT, v.mT, g.mT), (q, k[:, :1].expand_as(k), v[:1].expand_as(v), g),
+                 (q[..., cut], k[..., cut], v[..., cut], g[..., cut])):
+        same = run(call(AttentionMask(causal=True)), *(x.contiguous() for x in qkvg))
+        assert all(map(torch.equal, run(call(AttentionMask(causal=True)), *qkvg), same))
 
 
 def test_deterministic():
     qkvg = tensors(1, 4, 1, 60, 60, 16)
-    f = lambda q, k, v: triton_attention(q, k, v, AttentionMask(causal=True), 0., .25)
-    assert all(map(torch.equal, run(f, *qkvg), run(f, *qkvg)))
+    first, again = (run(call(AttentionMask(causal=True)), *qkvg) for _ in range(2))
+    assert all(map(torch.equal, first, again))
 
 
 # packed
 
-def pack(lengths, heads, d=16): return torch.randn(sum(lengths), heads, d).half().to(DEVICE)
+@pytest.mark.parametrize("mask", [dict(), dict(causal=True), dict(window=(7, 3), alibi="per head"),
+                                  dict(causal=True, alibi="per sentence")], ids=lambda mask: "-".join(mask) or "none")
+def test_packed(mask):
+    each = [(40, 9), (0, 4), (5, 0), (33, 33), (7, 70)]
+    lengths = dict(zip(("q_len", "k_len"), map(sum, zip(*each, strict=True)), strict=True))
+    plain = {k: v for k, v in case(batch=5, heads=4, kv_heads=2, **lengths, **mask).items() if k != "turned"}
+    packed = Packed(plain | dict(each=each))
+    packed.check(packed.solve(lambda q, k, v, cu_q, cu_k, mask, scale: triton_attention_varlen(
+        q, k, v, cu_q, cu_k, 40, 70, mask, 0., .25)), "triton, packed")
 
 
-@pytest.mark.parametrize("mask", [dict(), dict(causal=True), dict(window=(7, 3), alibi=torch.tensor([.5, .1, 2., .02])),
-                                  dict(causal=True, alibi=torch.rand(5, 4))], ids=lambda m: "-".join(m) or "none")
-@pytest.mark.parametrize("dropout", [0., .3])
-def test_packed_equals_one_by_one(mask, dropout):
+def test_packed_equals_one_by_one():
+    "To the last bit; and the first sequence, which has number 0 when alone, too, drops the same weights"
+    each, cu = (40, 0, 33), torch.tensor([0, 40, 40, 73], dtype=torch.int32)
     torch.manual_seed(0)
-    q_lens, k_lens = [40, 0, 5, 33, 7], [9, 4, 0, 33, 50]
-    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=DEVICE) for n in (q_lens, k_lens))
-    qkvg = pack(q_lens, 4), pack(k_lens, 2), pack(k_lens, 2), pack(q_lens, 4)
-    torch.manual_seed(3)
-    packed = run(lambda q, k, v: triton_attention_varlen(q, k, v, cu_q, cu_k, 40, 50, AttentionMask(**mask), dropout,
-                                                         .25), *qkvg)
-    parts = [x.split(n) for x, n in zip(qkvg, (q_lens, k_lens, k_lens, q_lens), strict=True)]
-    for b, one in enumerate(zip(*parts, strict=True)):
-        if dropout and b: break                    # drops by sequence number: the first is the same when alone
-        slopes = mask.get("alibi")
-        alone = AttentionMask(**{**mask, "alibi": slopes[b:b + 1] if slopes is not None and slopes.dim() == 2 else slopes})
+    qkvg = [torch.randn(73, heads, 16).half() for heads in (4, 2, 2, 4)]
+    for dropout, count in ((0., 3), (.3, 1)):
         torch.manual_seed(3)
-        alone = run(lambda q, k, v: triton_attention(q, k, v, alone, dropout, .25), *(x[None].transpose(1, 2) for x in one))
-        for x, y, lens in zip(packed, alone, (q_lens, q_lens, k_lens, k_lens), strict=True):
-            assert torch.equal(x.split(lens)[b], y[0].transpose(0, 1))
+        packed = run(lambda q, k, v: triton_attention_varlen(q, k, v, cu, cu, 40, 40, AttentionMask(causal=True),
+                                                             dropout, .25), *qkvg)  # noqa: B023
+        for b in range(count):
+            torch.manual_seed(3)
+            one = (x.split(each)[b][None].transpose(1, 2) for x in qkvg)
+            alone = run(call(AttentionMask(causal=True), dropout), *one)
+            for x, y in zip(packed, alone, strict=True): assert torch.equal(x.split(each)[b], y[0].transpose(0, 1))
 
 
 # dropout
@@ -153,10 +143,10 @@ def test_dropout_is_replayed(mask):
     "The dropped weights are recovered with v = 1, and a plain computation with them has the same gradients"
     p, mask = .3, AttentionMask(**mask)
     q, k, v, g = tensors(2, 2, 1, 50, 60, 64)
-    eye = torch.eye(64, device=DEVICE)[:60].half().expand(2, 1, 60, 64)
+    eye = torch.eye(64)[:60].half().expand(2, 1, 60, 64)
     def ours(q, k, v):
         torch.manual_seed(5)
-        return triton_attention(q, k, v, mask, p, .125)
+        return call(mask, p, .125)(q, k, v)
     weights, full = ours(q, k, eye)[..., :60], naive(mask, .125)(q, k, eye)[..., :60]
     keep = weights != 0
     assert (weights - full / (1 - p))[keep].abs().max() < 2e-3
@@ -164,7 +154,7 @@ def test_dropout_is_replayed(mask):
     assert abs(share - (1 - p)) < 4 * math.sqrt(p * (1 - p) / count)
     def plain(q, k, v):
         k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-        s = (q @ k.mT * .125).masked_fill(~mask.dense(50, 60, DEVICE), -torch.inf)
+        s = (q @ k.mT * .125).masked_fill(~mask.dense(50, 60), -torch.inf)
         return s.softmax(-1).nan_to_num(0) * keep / (1 - p) @ v
     for a, e in zip(run(ours, q, k, v, g), run(plain, *(x.double() for x in (q, k, v, g))), strict=True):
         assert (a - e).abs().max() < 4e-3
@@ -172,10 +162,10 @@ def test_dropout_is_replayed(mask):
 
 def test_dropout_follows_the_seed():
     q, k, v, _ = tensors(2, 2, 2, 64, 64, 64)
-    v = torch.eye(64).half().expand_as(v).to(DEVICE)
+    v = torch.eye(64).half().expand_as(v)
     def keep(seed, p):
         torch.manual_seed(seed)
-        return triton_attention(q, k, v, None, p, .1) != 0
+        return call(None, p, .1)(q, k, v) != 0
     first = keep(1, .5)
     assert torch.equal(first, keep(1, .5)) and not torch.equal(first, keep(2, .5))
     first = first.double() - .5                                            # batches, heads, rows, columns: no copies
@@ -193,7 +183,7 @@ def test_nan_and_inf_stay_in_the_rows_that_see_them(which, bad):
     qkvg = tensors(1, 2, 2, 40, 40, 16)
     qkvg[which][0, 0, 20, 3] = bad
     mask = AttentionMask(causal=True)
-    out = triton_attention(*qkvg[:3], mask, 0., .25)
+    out = call(mask)(*qkvg[:3])
     plain = naive(mask, .25)(*qkvg[:3])
     assert torch.equal(out.isnan(), plain.isnan()) and torch.equal(out.isinf(), plain.isinf())
     assert not out[0, 1].isnan().any() and not out[0, 0, :20].isnan().any()
@@ -201,7 +191,7 @@ def test_nan_and_inf_stay_in_the_rows_that_see_them(which, bad):
 
 def test_garbage_in_the_padding_does_not_matter():
     q, k, v, g = tensors(2, 2, 2, 40, 40, 16)
-    f = lambda q, k, v: triton_attention(q, k, v, AttentionMask(key_lengths=torch.tensor([25, 40])), 0., .25)
+    f = call(AttentionMask(key_lengths=torch.tensor([25, 40])))
     clean = run(f, q, k, v, g)
     for x in (k, v): x[0, :, 25:] = math.nan
     assert all(map(torch.equal, run(f, q, k, v, g), clean))
@@ -211,10 +201,12 @@ def test_garbage_in_the_padding_does_not_matter():
 
 def test_reasons(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode():
-        q = torch.empty(2, 4, 8, 64, dtype=torch.float16, device="cuda")
-    refused = lambda q, mask=None: backend.cannot(q, q, q, mask, 0.)
-    slow = lambda q, mask=None, k=None: backend.slow(q, q if k is None else k, q, mask, 0.)
+    def fake(*shape, dtype=torch.float16):
+        with FakeTensorMode(): return torch.empty(*shape, dtype=dtype, device="cuda")
+    def refused(q): return backend.cannot(q, q, q, None, 0.)
+    def slow(q, mask=None, k=None): return backend.slow(q, q if k is None else k, q, mask, 0.)
+    q, shorter, packed = fake(2, 4, 8, 64), fake(2, 4, 5, 64), fake(10, 4, 64)
+    bf16, single = fake(2, 4, 8, 64, dtype=torch.bfloat16), fake(2, 4, 8, 64, dtype=torch.float32)
     causal = AttentionMask(causal=True)
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Some GPU")
@@ -223,12 +215,12 @@ def test_reasons(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
     device((8, 0))
     assert not backend.missing() and not refused(q) and not slow(q, AttentionMask(window=(3, 3)))
-    assert not slow(q, causal, q[:, :, :5]) and not slow(q[0]) and not refused(q[0].bfloat16())
+    assert not slow(q, causal, shorter) and not slow(packed) and not refused(packed) and not refused(bf16)
     assert "PyTorch's own fused" in slow(q) and "PyTorch's own fused" in slow(q, causal)
-    assert "not float32" in refused(q.float()) and "not 288" in refused(torch.empty(1, 1, 1, 288).half())
+    assert "not float32" in refused(single) and "not 288" in refused(torch.empty(1, 1, 1, 288).half())
     assert "cpu" in refused(torch.empty(1, 1, 1, 64).half())
     device((7, 5))
-    assert "tensor cores" in slow(q, causal) and not refused(q) and "take float16" in refused(q.bfloat16())
+    assert "tensor cores" in slow(q, causal) and not refused(q) and "take float16" in refused(bf16)
     device((7, 0))
     assert "7.5 and up, and Some GPU has 7.0" in refused(q)
     device(None, cuda=False)
