@@ -17,7 +17,10 @@ from torch import Tensor
 
 from .masks import AttentionMask
 
-# %% ../../nbs/1_attention/09_flash_attn.ipynb #70110aa8
+# %% ../../nbs/1_attention/09_flash_attn.ipynb #9f616f37
+PACKAGE = "flash_attn.flash_attn_interface"
+
+
 def _triton_backend(): # is flash-attn's Triton backend, meant for AMD's GPUs, switched on?
     return os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") == "TRUE"
 
@@ -28,10 +31,10 @@ def _interpreted(): # may it run on CPU tensors, slowly, in Triton's interpreter
 
 @functools.cache
 def _package(): # → (the module, '') or (None, why it cannot be loaded); loaded at the first call
-    try: module = importlib.import_module("flash_attn.flash_attn_interface")
+    try:
+        module, version = importlib.import_module(PACKAGE), importlib.metadata.version("flash-attn")
     except Exception as error:                      # compiled for another PyTorch or CUDA, most often
         return None, f"it cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
-    version = importlib.metadata.version("flash-attn")
     if tuple(map(int, version.split(".")[:2])) < (2, 7): return None, f"it is {version}, and this needs 2.7 or later"
     if _interpreted():                              # its operators are declared for CUDA; these are the same functions
         for name in ("forward", "backward", "varlen_forward", "varlen_backward"):
@@ -39,7 +42,7 @@ def _package(): # → (the module, '') or (None, why it cannot be loaded); loade
             operator.register_kernel("cpu")(operator._init_fn)
     return module, ""
 
-# %% ../../nbs/1_attention/09_flash_attn.ipynb #19882aaa
+# %% ../../nbs/1_attention/09_flash_attn.ipynb #6810d2a3
 GENERATIONS = {(5, 0): "Maxwell", (6, 0): "Pascal", (7, 0): "Volta", (7, 5): "Turing"}
 
 
@@ -50,7 +53,7 @@ def _too_old(device): # → why this GPU does not serve, or ''
     return (f"{torch.cuda.get_device_name(device)} is of the {generation} generation "
             f"(sm_{capability[0]}{capability[1]}): flash-attn 2 needs Ampere (sm_80) or later")
 
-
+# %% ../../nbs/1_attention/09_flash_attn.ipynb #5bd9864c
 def missing() -> str: # why flash-attn cannot run on this machine, or ''
     "One sentence; loads the package only where there is a GPU for it"
     if not _interpreted():
@@ -61,7 +64,7 @@ def missing() -> str: # why flash-attn cannot run on this machine, or ''
     _, reason = _package()
     return reason and f"flash-attn is installed, but {reason}"
 
-# %% ../../nbs/1_attention/09_flash_attn.ipynb #9f616f37
+# %% ../../nbs/1_attention/09_flash_attn.ipynb #a891a2e5
 def cannot(q, k, v, mask, dropout) -> str: # why flash-attn cannot serve these tensors, or ''
     "One sentence; nothing is computed or looked into"
     head_dim = q.shape[-1]
@@ -91,19 +94,19 @@ def _cannot_mask(mask):
                 "end of the padded ones: pack the sentences and call attention_varlen")
     return ""
 
-
+# %% ../../nbs/1_attention/09_flash_attn.ipynb #32aab872
 def slow(q, k, v, mask, dropout) -> str: # why another backend is better for them, or ''
     "Only the interpreter is slow"
     return "" if q.device.type == "cuda" else "Triton's interpreter is for checking, not for speed"
 
-# %% ../../nbs/1_attention/09_flash_attn.ipynb #6810d2a3
+# %% ../../nbs/1_attention/09_flash_attn.ipynb #f8baf722
 def _options(q, mask, dropout, scale, sequences): # our arguments by the names they have in flash-attn
     alibi = mask.alibi
     if alibi is not None: alibi = alibi.to(q.device, torch.float32).expand(sequences, -1)    # s h
     return dict(dropout_p=dropout, softmax_scale=scale, causal=mask.causal, window_size=mask.window or (-1, -1),
                 alibi_slopes=alibi, deterministic=torch.are_deterministic_algorithms_enabled())
 
-
+# %% ../../nbs/1_attention/09_flash_attn.ipynb #6970d80c
 def _call(function, q, k, v, *args, **options): # one of the package's functions
     package, _ = _package()
     triton = _triton_backend()
