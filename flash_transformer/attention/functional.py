@@ -70,7 +70,8 @@ def _narrow(q, k, mask): # on a CPU: does a window hide so much that going tile 
     left, right = (-1, -1) if mask is None else mask.sides
     if q.device.type != "cpu" or min(left, right) < 0: return False
     share = 12 if q.dtype in (torch.bfloat16, torch.float16) else 5  # `tiled` computes these in float32
-    return share * (left + right + 512) < min(q.shape[2], k.shape[2])  # 512: the edges of tiles, computed in vain
+    enough = max(4096, share * (left + right + 512))                # 512: the edges of tiles, computed in vain
+    return min(q.shape[2], k.shape[2]) >= enough
 
 
 def _sdpa_slow(q, k, v, mask, dropout):
