@@ -128,6 +128,8 @@ CASES = {
                                 mask={"window": (4096, 0)}),
     "no GPU, narrow window, one query": Case("no GPU", "sdpa", tensors=cpu | {"shape": (1, 4, 1, 64), "k_len": 8192},
                                              mask={"window": (256, 0)}),
+    "no GPU, long, key_lengths": Case("no GPU", "sdpa", tensors=cpu | {"shape": (8, 16, 20_000, 64)},
+                                      mask={"key_lengths": LENGTHS}),
     "no GPU, a mask too large to write": Case("no GPU", "tiled", {"sdpa": "1 GiB"}, tensors=cpu | long,
                                               mask={"alibi": SLOPES}),
 }

@@ -66,7 +66,12 @@ def test_the_whole_way(text, finished, tmp_path, command, contents, metrics):
     assert all(p.parent == run / "plots" and p.read_bytes().startswith(b"\x89PNG") for p in pictures)
 
     status, out, _ = command("backends")
-    assert status == 0 and [line.split()[0] for line in out.splitlines()] == [b.name for b in backends()]
+    *listed, training = out.splitlines()
+    assert status == 0 and [line.split()[:2] for line in listed] == [[b.name, "yes" if b.available else "no"]
+                                                                     for b in backends()]
+    assert all(line.endswith(f"  {b.reason}") for line, b in zip(listed, backends()))
+    assert len({line.index(b.reason) for line, b in zip(listed, backends())}) == 1       # in columns
+    assert training.split()[-1] in {b.name for b in backends() if b.available}
 
 
 @pytest.mark.parametrize("stdin, count", [
