@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from flash_transformer.attention import AttentionMask
 
 NAMES = ("output", "dq", "dk", "dv")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RULES = ("causal", "lengths", "window", "alibi")
 
 
@@ -67,6 +67,7 @@ def with_gradients(f, inputs, direction):
 def arrangements(q, k, v, direction, see, bias, scale):
     "`plain` with its gradients three times, rounded in other places each time"
     for scaled, turned in (("q", []), ("k", [2]), ("scores", [1, 2, 3])):       # heads, words, numbers of a head
+        if q.dtype == torch.float64 and not turned: continue                    # that is the judge
         pair = [3, 2] if 2 in turned else []                                    # the words of a mask: queries and keys
         there, how_far = see.flip(pair), bias if bias is None else bias.flip(pair + [1] * (1 in turned))
         found = with_gradients(lambda *x: plain(*x, there, how_far, scale, scaled),  # noqa: B023
@@ -86,51 +87,56 @@ def others(w):
 
 def expected(q, k, v, direction, see, bias, scale, dtype, exact_scores=False):
     "How far `plain` in this dtype should be off, number by number; the arguments are in float64"
-    limits, kv_heads = torch.finfo(dtype), k.shape[1]
+    limits, kv_heads, group, d = torch.finfo(dtype), k.shape[1], q.shape[1] // k.shape[1], q.shape[3]
     u, tiny = limits.eps / 2, limits.smallest_normal * limits.eps / 2
-    fine = min(u, 2**-24)                           # sums are kept in float32 at least, whatever the dtype
+    fine = min(u, 2**-24)                           # inside, numbers are kept in float32 at least
     def rounded(x): return u * x.abs() + tiny
     def length(x): return x.norm(dim=-1, keepdim=True)
-    def shared(e): return e.square().unflatten(1, (kv_heads, -1)).sum(2).sqrt()  # heads of a group meet in one sum
-    k, v = (x.repeat_interleave(q.shape[1] // kv_heads, dim=1) for x in (k, v))
-
-    # A sum of n terms is n roundings more, of partial sums that are √(n/2) times as large as a term, on the average.
-    def adding(n): return fine * (n / 2) ** 0.5
-    n_keys, n_queries = see.sum(-1, keepdim=True), see.sum(-2, keepdim=True)
+    def shared(e): return e.square().unflatten(1, (kv_heads, group)).sum(2).sqrt()  # heads of a group meet in one sum
+    # A sum of n terms also rounds its partial sums. They wander off by √n and drift towards the total: the root of
+    # the sum of their squares is √(n/2) times that of the terms, and √(n/3) times the total.
+    def wander(n): return fine * (n / 2) ** 0.5
+    def drift(n, total): return fine * (n / 3) ** 0.5 * total
+    n_keys, n_queries = see.sum(-1, keepdim=True), see.sum(-2, keepdim=True) * group
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
 
     # The scores: q · scale is rounded, the product, and the sum with ALiBi's term, itself rounded. Where all of that
     # has few enough binary digits (exact_scores), only what a kernel does in float32 is left: exponents, logarithms.
     scores, terms = q @ k.mT * scale, meeting(q, k.mT) * scale
+    summed = 0 if exact_scores else joined(wander(d) * terms, drift(d, scores))
     numbers = joined(terms, scores)
     if bias is not None: numbers, scores = joined(numbers, bias, scores + bias), scores + bias
-    off = joined((fine if exact_scores else u) * numbers, 0 if exact_scores else adding(q.shape[-1]) * terms)
+    off = joined((fine if exact_scores else u) * numbers, summed)
     # The weights: the odds of a key are changed by its own score's error, and by those of its rivals, as far as they
     # do not cancel. This is not linear: in half precision a score of 10,000 may be off by 20.
-    w = scores.masked_fill(~see, -torch.inf).softmax(-1).nan_to_num(0)
+    scores = scores.masked_fill(~see, -torch.inf)
+    w, lse = scores.softmax(-1).nan_to_num(0), scores.logsumexp(-1, keepdim=True).nan_to_num(neginf=0)
     rest = others(w)
     rivals = torch.minimum(length(w * off) / rest, off.amax(-1, keepdim=True)) if w.numel() else w
     odds = joined(off, rivals).clamp(max=300).exp()
     moved = torch.maximum(w * odds / (w * odds + rest) - w, w - w / (w + rest * odds)).nan_to_num(0)
     off_w = joined(moved, rounded(w)) * see
     out = w @ v
-    off_out = joined(meeting(joined(off_w, adding(n_keys) * w), v), rounded(out))
+    off_out = joined(meeting(joined(off_w, wander(n_keys) * w), v), drift(n_keys, out), rounded(out))
 
     # The backward pass: dv = wᵀ·direction, dw = direction·vᵀ, ds = w ∘ (dw − D) with D = rowsum(direction ∘ out).
     # FlashAttention computes the weights anew, exp(score − log Σ exp), from the one number that it has kept of a row:
     # errors of scores and logarithm (in float32) do not cancel here, as they do where the sum is taken afterwards.
-    off_w = joined(off_w, w * joined(fine * numbers, fine * scores, 0 if exact_scores else adding(q.shape[-1]) * terms))
+    off_w = joined(off_w, w * joined(fine * numbers, fine * lse, summed))
     dw, delta = direction @ v.mT, (direction * out).sum(-1, keepdim=True)
-    off_dw = joined(adding(q.shape[-1]) * meeting(direction, v.mT), rounded(dw))
-    off_delta = joined(length(moved * (dw - delta)), length(rounded(w) * dw), length(w * off_dw), rounded(delta),
-                       length(direction * joined(rounded(out), adding(q.shape[-1]) * out)))
+    off_dw = joined(wander(d) * meeting(direction, v.mT), drift(d, dw), rounded(dw))
+    off_delta = joined(length(moved * (dw - delta)), length(rounded(w) * dw), length(w * off_dw),
+                       length(direction * joined(rounded(out), wander(d) * out)), drift(d, delta), rounded(delta))
     ds, most = w * (dw - delta), w + moved
     off_ds = joined(off_w * (dw - delta), most * off_dw, rounded(ds))           # and −w · off_delta, a whole row alike
     dq, dk, dv = ds @ k * scale, ds.mT @ q * scale, w.mT @ direction
-    for_dq, for_dk = joined(off_ds, adding(n_keys) * ds), joined(off_ds, most * off_delta, adding(n_queries) * ds)
+    off_dk = meeting(joined(off_ds, most * off_delta, wander(n_queries) * ds).mT, q) * scale
+    off_dv = meeting(joined(off_w, wander(n_queries) * w).mT, direction)
     return [off_out,
-            joined(meeting(for_dq, k) * scale, off_delta * (most @ k) * scale, rounded(dq)),
-            shared(joined(meeting(for_dk.mT, q) * scale, rounded(dk))),
-            shared(joined(meeting(joined(off_w, adding(n_queries) * w).mT, direction), rounded(dv)))]
+            joined(meeting(joined(off_ds, wander(n_keys) * ds), k) * scale, off_delta * (most @ k) * scale,
+                   drift(n_keys, dq), rounded(dq)),
+            shared(joined(off_dk, drift(n_queries.mT, dk), rounded(dk))),
+            shared(joined(off_dv, drift(n_queries.mT, dv), rounded(dv)))]
 
 
 def worst(x): return x.abs().max().item() if x.numel() else 0.
@@ -174,60 +180,61 @@ class Judged:
 
 # ---- the cases ----
 
-@st.composite
-def rules(draw, which, batch, q_len, k_len):
-    "The rules of a mask, as plain numbers"
-    longest = max(q_len, k_len)
-    side = st.integers(-1, 9) | st.integers(-1, longest)
-    def perhaps(rule, strategy): return draw(st.none() | strategy) if rule in which else None
-    return dict(causal="causal" in which and draw(st.booleans()),
-                lengths=perhaps("lengths", st.lists(st.integers(0, k_len), min_size=batch, max_size=batch)),
-                window=perhaps("window", st.tuples(side, side)),
-                alibi=perhaps("alibi", st.sampled_from(["per head", "per sentence"])))
-
-
-@st.composite
-def numbers(draw, dtypes):
-    "What the tensors are filled with"
-    dtype = draw(st.sampled_from(dtypes))
-    scores = ["ordinary"] * 4 + ["wide", "all near 10000", "extreme by q and k", "extreme by q", "grid"]
-    if dtype != torch.float16: scores += ["extreme by scale"]                   # its gradients go beyond 65504
-    return dict(dtype=dtype, scores=draw(st.sampled_from(scores)),
-                scale=draw(st.sampled_from([None, None, 0.3, 1.0, -0.5, 0.])), seed=draw(st.integers(0, 2**31)))
-
-
-@st.composite
-def sizes(draw, longest, head_dims):
-    "Most are small, where edges meet; some go to the longest. (Lengths up to, batch, key heads, group) up to"
-    most, batch, kv_heads, group = draw(st.sampled_from([(20, 3, 3, 4)] * 12 + [(80, 2, 2, 3)] * 5 + [(300, 2, 1, 2)]))
-    length = st.integers(1, min(most, longest))
-    q_len, k_len = draw(length), draw(length)
-    if draw(st.integers(0, 3)) == 0: q_len = k_len
-    kv_heads = draw(st.integers(1, kv_heads))
-    return dict(batch=draw(st.integers(1, batch)), heads=kv_heads * draw(st.integers(1, group)), kv_heads=kv_heads,
-                q_len=q_len, k_len=k_len, head_dim=draw(st.sampled_from(head_dims)))
-
-
+COIN, SEED = st.booleans(), st.integers(0, 2**31)
+SCORES = ("ordinary", "ordinary", "ordinary", "ordinary", "wide", "all near 10000", "grid", "extreme by q",
+          "extreme by q and k", "extreme by scale")
+SCALES = (None, None, 0.3, 1.0, -0.5)
 HEAD_DIMS = (1, 2, 3, 5, 8, 8, 16, 16, 20, 32, 32, 40, 64, 64, 80, 128, 256)
+# Up to this length, batch, key heads, query heads for each. Most are small, where edges meet
+SIZES = ((20, 3, 3, 4),) * 14 + ((80, 2, 2, 2),) * 4 + ((300, 1, 1, 2),)
+FEWER = ((20, 2, 2, 2),) * 14 + ((80, 1, 1, 2),) * 4 + ((300, 1, 1, 1),)         # for kernels in an interpreter
+
+
+def pick(draw, choices): return draw(st.sampled_from(choices))
+
+
+def draw_rules(draw, which, batch, q_len, k_len):
+    "The rules of a mask, as plain numbers"
+    on, longest = draw(st.integers(0, 2 ** len(RULES) - 1)), max(q_len, k_len)
+    causal, lengths, window, alibi = (rule in which and on >> n & 1 for n, rule in enumerate(RULES))
+    side = st.integers(-1, 9 if window and draw(COIN) else longest)
+    return dict(causal=bool(causal), window=(draw(side), draw(side)) if window else None,
+                lengths=[draw(st.integers(0, k_len)) for _ in range(batch)] if lengths else None,
+                alibi=pick(draw, ("per head", "per sentence")) if alibi else None)
+
+
+def draw_sizes(draw, choices, head_dims):
+    longest, batch, kv_heads, group = (draw(st.integers(1, n)) if i else n for i, n in enumerate(pick(draw, choices)))
+    q_len, k_len = draw(st.integers(1, longest)), draw(st.integers(1, longest))
+    return dict(batch=batch, heads=kv_heads * group, kv_heads=kv_heads, q_len=q_len, k_len=k_len,
+                head_dim=pick(draw, head_dims))
+
+
+def draw_numbers(draw, dtypes):
+    "What the tensors are filled with"
+    dtype = pick(draw, dtypes)
+    scores = pick(draw, SCORES[:-1] if dtype == torch.float16 else SCORES)      # by scale, gradients go beyond 65504
+    return dict(dtype=dtype, scores=scores, scale=pick(draw, SCALES), seed=draw(SEED))
 
 
 @st.composite
-def cases(draw, dtypes=DTYPES, longest=300, head_dims=HEAD_DIMS, which=RULES):
+def cases(draw, dtypes=DTYPES, sizes=SIZES, head_dims=HEAD_DIMS, which=RULES):
     "Random cases for `Problem`, as a dict of plain numbers that tells what a failure is about"
-    size = draw(sizes(longest, head_dims))
-    case = size | draw(numbers(dtypes)) | draw(rules(which, size["batch"], size["q_len"], size["k_len"]))
-    return case | dict(turned=draw(st.booleans()))                              # (batch, length, heads, …) in memory
+    size = draw_sizes(draw, sizes, head_dims)
+    if draw(COIN) and draw(COIN): size["q_len"] = size["k_len"]
+    rules = draw_rules(draw, which, size["batch"], size["q_len"], size["k_len"])
+    return size | draw_numbers(draw, dtypes) | rules | dict(turned=draw(COIN))  # (batch, length, heads, …) in memory
 
 
 @st.composite
-def packed_cases(draw, dtypes=DTYPES, longest=300, head_dims=HEAD_DIMS, which=("causal", "window", "alibi")):
-    "Random cases for `Packed`: up to five sequences, some of them without queries or keys"
-    size = draw(sizes(longest, head_dims))
-    length = st.sampled_from([0, 1, size["q_len"], size["k_len"]]) | st.integers(0, min(40, longest))
-    lengths = draw(st.lists(st.tuples(length, length), min_size=1, max_size=5))
-    size |= dict(q_len=sum(q for q, _ in lengths), k_len=sum(k for _, k in lengths), batch=len(lengths))
-    longest = max(max(pair) for pair in lengths)
-    return size | draw(numbers(dtypes)) | draw(rules(which, len(lengths), longest, longest)) | dict(each=lengths)
+def packed_cases(draw, dtypes=DTYPES, sizes=SIZES, head_dims=HEAD_DIMS, which=("causal", "window", "alibi")):
+    "Random cases for `Packed`: up to four sequences, some of them without queries or keys"
+    size = draw_sizes(draw, sizes, head_dims)
+    length = st.sampled_from([0, 0, 1, size["q_len"], size["k_len"]])
+    each = draw(st.lists(st.tuples(length, length), min_size=1, max_size=4))
+    longest = max(size["q_len"], size["k_len"])
+    size |= dict(batch=len(each), q_len=sum(q for q, _ in each), k_len=sum(k for _, k in each), each=each)
+    return size | draw_numbers(draw, dtypes) | draw_rules(draw, which, len(each), longest, longest)
 
 
 def fill(batch, heads, kv_heads, q_len, k_len, head_dim, dtype, scores, scale, seed):
@@ -264,9 +271,11 @@ class Problem(Judged):
         else: self.mask = AttentionMask(causal, lengths, window, slopes)
         super().__init__(q, k, v, direction, see, bias, self.scale, exact_scores and bias is None)
 
-    def solve(self, attend):
-        "Output and gradients of attend(q, k, v, mask, scale)"
-        return with_gradients(lambda q, k, v: attend(q, k, v, self.mask, self.scale), self.inputs, self.direction)
+    def solve(self, attend, device="cpu"):
+        "Output and gradients of attend(q, k, v, mask, scale), computed on that device"
+        found = with_gradients(lambda q, k, v: attend(q, k, v, self.mask, self.scale),
+                               [x.to(device) for x in self.inputs], self.direction.to(device))
+        return [x.cpu() for x in found]
 
 
 class Packed:
@@ -291,10 +300,12 @@ class Packed:
             bias = None if slope is None else -slope.double()[:, None, None] * distance
             self.judged.append(Judged(*parts, see, bias, self.scale, exact_scores and bias is None))
 
-    def solve(self, attend):
-        "Output and gradients of attend(q, k, v, cu_q, cu_k, mask, scale), all packed"
-        return with_gradients(lambda q, k, v: attend(q, k, v, self.cu_q, self.cu_k, self.mask, self.scale),
-                              self.inputs, self.direction)
+    def solve(self, attend, device="cpu"):
+        "Output and gradients of attend(q, k, v, cu_q, cu_k, mask, scale), all packed, computed on that device"
+        cu_q, cu_k = self.cu_q.to(device), self.cu_k.to(device)
+        found = with_gradients(lambda q, k, v: attend(q, k, v, cu_q, cu_k, self.mask, self.scale),
+                               [x.to(device) for x in self.inputs], self.direction.to(device))
+        return [x.cpu() for x in found]
 
     def check(self, found, who):
         "As `Judged.check`, for each sequence"
