@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTERPRETED', 'helper', 'LOG2E', 'UNSPECIALISED', 'Rows', 'Rules', 'Drop', 'triton_attention',
-           'triton_attention_varlen', 'missing', 'cannot', 'slow']
+           'triton_attention_varlen', 'missing', 'cannot', 'slow', 'Compiled', 'compile_report']
 
 # %% ../../nbs/1_attention/08_triton.ipynb #665a68af
 import importlib.util
@@ -180,8 +180,9 @@ def _forward_tiles(o, m, l, q_i, k_at, v_at, k_row, v_row, place, bh, n, scale, 
 def _tuned(block, sums, *choices): # the outer block, how many accumulators of its height, what to try on a GPU
     "Triton's autotuner for one of the kernels; a choice is (BLOCK_Q, BLOCK_K, warps, stages of the pipeline)"
     if INTERPRETED: choices = [(64, 32, 4, 1)]
-    def fit(configs, args, PADDED, **_): # accumulators may take 64 of the 255 registers of a thread
-        return [c for c in configs if sums * c.kwargs[block] * PADDED <= 64 * 32 * c.num_warps]
+    def fit(configs, args, PADDED, capability=None, **_):
+        if (capability or torch.cuda.get_device_capability()) < (8, 0): return configs[-1:] # without tensor cores: small
+        return [c for c in configs if sums * c.kwargs[block] * PADDED <= 64 * 32 * c.num_warps] # 64 of 255 registers
     configs = [triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=w, num_stages=s) for q, k, w, s in choices]
     return triton.autotune(configs, key=["bucket", "PADDED"], prune_configs_by={"early_config_prune": fit})
 
@@ -238,7 +239,7 @@ def _dq_tiles(dq, q_i, do_i, lse, delta, k_at, v_at, k_row, v_row, place, bh, n,
     return dq
 
 # %% ../../nbs/1_attention/08_triton.ipynb #3f19c002
-@_tuned("BLOCK_Q", 1, (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2))
+@_tuned("BLOCK_Q", 1, (128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2))
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _backward_dq(q, k, v, out, d_out, dq, lse, delta, rules, drop, cu_q, cu_k, q_len, k_len, heads, group, scale,
                  bucket, D: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -307,7 +308,7 @@ def _dkdv_tiles(dk, dv, k_j, v_j, q_at, do_at, lse, delta, q_row, do_row, ahead,
     return dk, dv
 
 # %% ../../nbs/1_attention/08_triton.ipynb #085fdd8b
-@_tuned("BLOCK_K", 2, (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 8, 2), (16, 32, 8, 1))
+@_tuned("BLOCK_K", 2, (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1), (32, 64, 4, 2), (16, 32, 8, 1))
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _backward_dkdv(q, k, v, d_out, dk, dv, lse, delta, rules, drop, cu_q, cu_k, q_len, k_len, heads, group, scale,
                    bucket, D: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -476,17 +477,87 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # %% ../../nbs/1_attention/08_triton.ipynb #6ebc90c9
-def _types(x): # → Triton's types, constants by place, and what is divisible by 16, as its launcher would find them
+class Compiled(NamedTuple):
+    "What the compiler made of a kernel for one kind of GPU"
+    kernel:str
+    head_dim:int
+    sm:int # compute capability times ten: 75 Turing, 80 Ampere, 90 Hopper, 100 Blackwell
+    blocks:str # queries × keys, warps
+    registers:int # a thread, of 255
+    spilled:int # bytes a thread keeps in slow memory for want of registers
+    shared:int # bytes of fast memory
+    instruction:str # of the tensor cores, in the PTX; '' if there is none
+    count:int # how often it stands there
+    sass:int # tensor core instructions in the machine code
+
+# %% ../../nbs/1_attention/08_triton.ipynb #5c170a73
+KERNELS = {"forward": ("_forward", 4), "dQ": ("_backward_dq", 6), "dK, dV": ("_backward_dkdv", 6)} # tensors in rows
+
+
+def _types(x): # → Triton's types, what is constant, what is divisible by 16, as its launcher would find them
+    names = {torch.float16: "*fp16", torch.float32: "*fp32", int: "i32", float: "fp32"}
     types, constants, sixteen = [], {}, {}
     for place, a in enumerate(x):
         if isinstance(a, tuple):
-            inner, inner_constants, inner_sixteen = _types(a)
-            types.append(type(a)(*inner))
-            constants |= {(place, *at): value for at, value in inner_constants.items()}
-            sixteen |= {(place, *at): value for at, value in inner_sixteen.items()}
-        elif a is None or a == "constexpr": types.append("constexpr"), constants.update({(place,): None})
+            inner = _types(a)
+            types.append(type(a)(*inner[0]))
+            for ours, theirs in zip((constants, sixteen), inner[1:]):
+                ours.update({(place, *at): value for at, value in theirs.items()})
+        elif a is None:
+            types.append("constexpr")
+            constants[place,] = None
         else:
-            names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
-            types.append(names[a.dtype] if isinstance(a, Tensor) else "fp32" if isinstance(a, float) else "i32")
+            types.append(names[getattr(a, "dtype", type(a))])
             if isinstance(a, Tensor) or isinstance(a, int) and a % 16 == 0: sixteen[place,] = [["tt.divisibility", 16]]
     return types, constants, sixteen
+
+# %% ../../nbs/1_attention/08_triton.ipynb #d2f3f1cf
+def _compile(kernel, head_dim, sm, every): # a causal mask, fp16, without dropout
+    (name, count), x = KERNELS[kernel], torch.empty(2, 8, 1024, head_dim, dtype=torch.float16, device="meta")
+    tuner, rows, row = globals()[name], _rows(x), _row_numbers(x)
+    rules = _rules(AttentionMask(causal=True), 2, 8, 1024, 1024, "meta")
+    common = _common(x, x, rules, None, None, None, 1024, 1024, 1.)
+    sizes = {name: common.pop(name) for name in ("D", "PADDED")}
+    types, constants, sixteen = _types([rows] * count + [row] * (1 if kernel == "forward" else 2) + list(common.values()))
+    for argument in UNSPECIALISED: sixteen.pop((tuner.arg_names.index(argument),), None)
+    choices = tuner.early_config_prune(tuner.configs, {}, **sizes, capability=divmod(sm, 10))
+    for config in choices if every else choices[:1]:
+        fixed = sizes | config.kwargs
+        types_by_name = dict(zip(tuner.arg_names, types)) | dict.fromkeys(fixed, "constexpr")
+        binary = triton.compile(triton.compiler.ASTSource(tuner.fn, types_by_name, constants | fixed, sixteen),
+                                triton.backends.compiler.GPUTarget("cuda", sm, 32),
+                                dict(num_warps=config.num_warps, num_stages=config.num_stages))
+        blocks = f"{config.kwargs['BLOCK_Q']} × {config.kwargs['BLOCK_K']}, {config.num_warps}"
+        yield Compiled(kernel, head_dim, sm, blocks, *_look_into(binary))
+
+
+def _look_into(binary): # → registers, spilled, shared, instruction, count, sass
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        used, sass = (subprocess.run([tools / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+                      for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+    found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", binary.asm["ptx"])
+    return (*map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups()), binary.metadata.shared,
+            found[0] if found else "", len(found), len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)))
+
+# %% ../../nbs/1_attention/08_triton.ipynb #00f7d26e
+def compile_report(
+    head_dims:tuple=(64,), # head sizes
+    sms:tuple=(75, 80, 90, 100), # kinds of GPU; none needs to be there
+    every:bool=False, # all choices that the autotuner is offered, or the first
+    workers:int=2, # processes
+) -> list[Compiled]:
+    "Compile the three kernels ahead of time, with nothing from Triton's cache, and look at what came out"
+    jobs = [(kernel, d, sm, every) for d in head_dims for sm in sms for kernel in KERNELS]
+    code = ("import json, sys; from flash_transformer.attention.triton_kernels import _compile; "
+            "print(json.dumps([list(_compile(*job)) for job in json.load(sys.stdin)]))")
+    def work(jobs): # in a process of its own: in this one the kernels may be interpreted
+        with tempfile.TemporaryDirectory() as cache:
+            done = subprocess.run([sys.executable, "-c", code], input=json.dumps(jobs), capture_output=True, text=True,
+                                  env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache})
+        if done.returncode: raise RuntimeError("Triton could not compile: " + done.stderr.strip().splitlines()[-1])
+        return json.loads(done.stdout)
+    with ThreadPoolExecutor(workers) as pool: done = list(pool.map(work, [jobs[n::workers] for n in range(workers)]))
+    return [Compiled(*record) for n in range(len(jobs)) for record in done[n % workers][n // workers]]
