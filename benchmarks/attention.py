@@ -67,13 +67,7 @@ def as_point(m):
 def unit(device): return ("TFLOP/s", 1e12) if device == "cuda" else ("GFLOP/s", 1e9)
 
 
-def report(m):
-    s, (name, scale) = m.setting, unit(m.setting.device)
-    what = (f"{s.dtype:<8} d {s.head_dim:<3} {'causal' if s.causal else 'full':<6} "
-            f"{'forward+backward' if s.backward else 'forward':<16} "
-            f"{s.batch}×{s.heads} N {s.length:<6} {m.backend:<10}")
-    if m.skipped: print(f"{what} skipped: {m.skipped}", flush=True)
-    else: print(f"{what} {1000 * m.seconds:10.2f} ms {m.rate / scale:8.1f} {name} {m.peak / 1e6:9.1f} MB", flush=True)
+def say(measured): print(measured, flush=True)
 
 
 def fit(points):
@@ -95,7 +89,7 @@ def figures():
     setting, large = Setting(8192), Setting(32768, heads=8)
     with MemoryGauge() as gauge:
         found = measure(setting, ["naive", "tiled"], gauge, budget=300)
-        for m in found.values(): report(m)
+        for m in found.values(): say(m)
         refused = gauge(large, "naive", more=24 * 10 ** 9)
         whole = gauge(large, "tiled", more=24 * 10 ** 9)
     naive, tiled = found["naive"], found["tiled"]
@@ -129,35 +123,49 @@ def names(points): return list(dict.fromkeys(p["backend"] for p in points))
 def amount(x): return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
+def table(title, points, cell):
+    "Lengths and kinds down, backends across; a backend that could serve none of it has a line below instead"
+    lengths = sorted({p["length"] for p in points})[::-2][:3]       # the longest, and every second one below it
+    served = [b for b in names(points) if not all(p["skipped"] for p in pick(points, backend=b))]
+    print(f"**{title}**\n")
+    print("| dtype | causal | N | " + " | ".join(served) + " |")
+    print("|---|---|--:|" + "--:|" * len(served))
+    for dtype, causal, n in dict.fromkeys((p["dtype"], p["causal"], p["length"]) for p in points):
+        if n not in lengths: continue
+        row = {p["backend"]: f"*{p['skipped']}*" if p["skipped"] else cell(p)
+               for p in pick(points, dtype=dtype, causal=causal, length=n)}
+        print(f"| {dtype} | {'yes' if causal else 'no'} | {n:,} | " + " | ".join(row[b] for b in served) + " |")
+    print()
+    for b in names(points):
+        if b not in served: print(f"{b}: {pick(points, backend=b)[0]['skipped']}\n")
+
+
 def markdown(result):
-    "Tables of forward and backward at head_dim 64"
-    points, (rates, scale) = pick(result["points"], backward=True, head_dim=64), unit(result["machine"]["device"])
-    lengths = sorted({p["length"] for p in points})[::-2]           # every second one
+    "Tables at head_dim 64, and what follows from the numbers"
+    m, c, (rates, scale) = result["machine"], result["ceilings"], unit(result["machine"]["device"])
+    where, products = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads", c["flops_per_second"]
+    print(f"{where}, PyTorch {m['torch']}. "
+          f"Ceilings: copying {c['copy_bytes_per_second'] / 1e9:.0f} GB/s; matrix products "
+          + ", ".join(f"{v / scale:,.0f} {rates} in {dtype}" for dtype, v in products.items()) + ".\n")
+
     def rate(p): return f"{amount(1000 * p['seconds'])} ms, {amount(p['flops_per_second'] / scale)}"
-    def memory(p): return amount(p["peak_bytes"] / 1e6)
-    for title, cell in ((f"Milliseconds, {rates}", rate), ("Peak memory above the inputs, MB", memory)):
-        print(f"**{title}**, forward and backward, head_dim 64\n")
-        print("| dtype | causal | N | " + " | ".join(names(points)) + " |")
-        print("|---|---|--:|" + "--:|" * len(names(points)))
-        rows = dict.fromkeys((p["dtype"], p["causal"], p["length"]) for p in points if p["length"] in lengths)
-        for dtype, causal, n in rows:
-            row = {p["backend"]: f"*{p['skipped']}*" if p["skipped"] else cell(p)
-                   for p in pick(points, dtype=dtype, causal=causal, length=n)}
-            print(f"| {dtype} | {'yes' if causal else 'no'} | {n:,} | "
-                  + " | ".join(row.get(b, "") for b in names(points)) + " |")
-        print()
-    exponents = pick(result["memory_exponents"], head_dim=64, causal=False)
-    print("**Memory grows like N to the power of** (fitted from N = 1,024 up; in brackets the last step alone): "
-          + "; ".join(f"{e['backend']} {e['dtype']} {e['exponent']:.2f} ({e['last_step']:.2f})" for e in exponents))
-    c, m = result["ceilings"], result["machine"]
-    print(f"\nCeilings: {c['copy_bytes_per_second'] / 1e9:.0f} GB/s copied, matrix products at "
-          + ", ".join(f"{v / scale:,.0f} {rates} in {k}" for k, v in c["flops_per_second"].items())
-          + f". {m.get('gpu') or m['cpu'] + ', ' + str(m['threads']) + ' threads'}, PyTorch {m['torch']}.")
-    if "figures" in result:
-        f = result["figures"]
-        print(f"\nN = 8,192, 4 heads, float32, side by side: naive takes {f['memory_ratio']:.0f} times the memory of "
-              f"tiled; tiled takes {f['time_ratio']:.2f} times the time of naive. N = 32,768, 8 heads, 24 GB allowed: "
-              f"{large_in_words(f)}.")
+    points = pick(result["points"], head_dim=64)
+    both = pick(points, backward=True)
+    table(f"Forward: time, {rates}", pick(points, backward=False), rate)
+    table(f"Forward and backward: time, {rates}", both, rate)
+    table("Forward and backward: peak memory above the inputs, MB", both, lambda p: amount(p["peak_bytes"] / 1e6))
+
+    longest = max(p["length"] for p in both)
+    print(f"**Share of the ceiling of matrix products** at N = {longest:,}, forward and backward, not causal: "
+          + "; ".join(f"{p['backend']} {p['flops_per_second'] / products[p['dtype']]:.0%} in {p['dtype']}"
+                      for p in pick(both, length=longest, causal=False, skipped="")) + ".\n")
+    print("**Memory grows like N to the power of**, fitted from N = 1,024 up (in brackets between the last two): "
+          + "; ".join(f"{e['backend']} {e['exponent']:.2f} ({e['last_step']:.2f}) in {e['dtype']}"
+                      for e in pick(result["memory_exponents"], head_dim=64, causal=False)) + ".")
+    if f := result.get("figures"):
+        print(f"\n**Side by side**, N = 8,192, 4 heads, float32, forward and backward: naive takes "
+              f"{f['memory_ratio']:.0f} times the memory of tiled, and tiled {f['time_ratio']:.2f} times the time of "
+              f"naive. N = 32,768, 8 heads, 24 GB allowed: {large_in_words(f)}.")
 
 
 def draw_lines(result, path):
@@ -202,9 +210,9 @@ def draw_roofline(result, path):
         ax.plot(x, np.minimum(x * copy, roof) / scale, color="0.2", lw=2)
         ax.text(x[-1], 1.1 * roof / scale, f"matrix products {roof / scale:,.0f} {rates}", ha="right")
         ax.text(1, 1.6 * copy / scale, f"copying {copy / 1e9:,.0f} GB/s ", ha="right")
-        bytes_a_pair = 4 * getattr(torch, dtype).itemsize      # scores and weights, each written and read
-        ax.axhline(min(4 * 64 / bytes_a_pair * copy, roof) / scale, color=COLOURS["naive"], ls=":",
-                   label="roof of naive, forward, if scores and weights are written and read")
+        matrices = 4 * getattr(torch, dtype).itemsize          # bytes a score: it and its weight are written and read
+        ax.axhline(min(4 * 64 / matrices * copy, roof) / scale, color=COLOURS["naive"], ls=":",
+                   label="roof of naive, forward, without caches")
         for name, backward in product(names(points), (False, True)):
             here = pick(points, dtype=dtype, backend=name, backward=backward)
             if not here: continue
@@ -261,7 +269,7 @@ def grid(o, result, save):
         for n in o.lengths:
             batch = o.batch or (max(1, 16384 // n) if gpu else 1)
             settings.append(Setting(n, d, causal, backward, dtype, batch, heads, o.device))
-        result["points"] += map(as_point, ladder(settings, o.backends, o.budget, o.rounds, report))
+        result["points"] += map(as_point, ladder(settings, o.backends, o.budget, o.rounds, say))
         save()
     result["memory_exponents"] = fit(result["points"])
     again, c = ceilings(o.dtype, o.device), result["ceilings"]      # of a busy and a quiet moment, the quiet one
