@@ -56,6 +56,10 @@ def test_identity_and_no_blocks():
         assert all(torch.equal(a, b) for a, b in zip(both, pair))
 
 
+def test_attention_to_no_blocks_is_refused():
+    with pytest.raises(ValueError, match="give at least one"): running_attention([])
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_numbers_stay_in_their_row(bad):
     scores, values = torch.randn(2, 6), torch.randn(6, 3)

@@ -42,6 +42,17 @@ def test_a_memory_too_small_is_named(through, formula):
     with pytest.raises(ValueError, match="at least 101"): naive_traffic(1, 100, 8, 100)
 
 
+@pytest.mark.parametrize("sizes", [dict(keys=3), dict(queries=2), dict(keys=3, queries=5)])
+def test_tiles_of_given_sizes(sizes):
+    q, k, v = torch.randn(3, 10, 4, dtype=torch.float64)
+    fast = FastMemory(200)
+    torch.testing.assert_close(tiled_through(fast, q, k, v, **sizes), F.scaled_dot_product_attention(*(
+        x[None] for x in (q, k, v)))[0])
+    keys = sizes.get("keys", tile_sizes(200, 4)[0])
+    passes = math.ceil(10 / keys)
+    assert fast.loads == 2 * 10 * 4 + passes * 10 * (4 + 4 + 2)
+
+
 def test_the_fast_memory_refuses():
     x = torch.randn(4, 4)
     with pytest.raises(ValueError, match="load it first"), FastMemory(100): x + 1

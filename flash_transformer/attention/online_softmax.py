@@ -19,26 +19,26 @@ def _finite(m): # what to subtract: the maximum, or 0 where everything so far wa
 
 def running_softmax(
     blocks:Iterable[Tensor], # pieces of the same rows, (..., any length from 1), floating point
-) -> tuple[Tensor, Tensor]: # m and s, (..., 1)
-    """Maximum m and sum s of exp(x − m) of each row, seen a block at a time (Milakov & Gimelshein 2018, algorithm 3).
+) -> tuple[Tensor, Tensor]: # m and l, (..., 1), in the blocks' dtype
+    """Maximum m and sum l of exp(x − m) of each row, seen a block at a time (Milakov & Gimelshein 2018, algorithm 3).
 
-    A row of nothing but −∞ gives (−∞, 0), as do no blocks at all; NaN and +∞ in a row make its s NaN"""
-    m, s = torch.tensor(-torch.inf), torch.tensor(0.)
+    A row of nothing but −∞ gives (−∞, 0), as do no blocks at all; NaN or +∞ in a row makes its l NaN"""
+    m, l = torch.tensor(-torch.inf), torch.tensor(0.)
     for x in blocks:
         new = torch.maximum(m, x.amax(-1, keepdim=True))
         old_share = torch.exp(m - _finite(new))                                    # 1 while the maximum stays
-        s = s * old_share + torch.exp(x - _finite(new)).sum(-1, keepdim=True)
+        l = l * old_share + torch.exp(x - _finite(new)).sum(-1, keepdim=True)
         m = new
-    return m, s
+    return m, l
 
 # %% ../../nbs/1_attention/06_online_softmax.ipynb #263647ce
 def merge(
-    a:tuple[Tensor, ...], # of a part of the rows: maximum m (..., 1), then sums measured against it: s (..., 1) and o
-    b:tuple[Tensor, ...], # the same of another part
+    a:tuple[Tensor, ...], # of a part of the rows: maximum m, (..., 1), then sums measured against it: l, o
+    b:tuple[Tensor, ...], # the same of another part, as many
 ) -> tuple[Tensor, ...]: # the same of both parts together
     """What is known of two parts of a row, made one. Associative and commutative, with identity (−∞, 0) or (−∞, 0, 0).
 
-    All sums are measured against the new maximum (Milakov & Gimelshein 2018, section 3.1, for m and s)"""
+    All sums are measured against the new maximum (Milakov & Gimelshein 2018, section 3.1, for m and l)"""
     m = torch.maximum(a[0], b[0])
     share_a, share_b = torch.exp(a[0] - _finite(m)), torch.exp(b[0] - _finite(m))
     return m, *(x * share_a + y * share_b for x, y in zip(a[1:], b[1:]))
@@ -47,8 +47,8 @@ def merge(
 def attend_block(
     scores:Tensor, # (..., q_len, keys in this block)
     values:Tensor, # (..., keys in this block, head_dim)
-) -> tuple[Tensor, Tensor, Tensor]: # m and s, (..., q_len, 1), and o, (..., q_len, head_dim)
-    "The triple (m, s, o) of one block: maximum, sum of exp(score − m), and the values in these shares, not yet divided"
+) -> tuple[Tensor, Tensor, Tensor]: # m and l, (..., q_len, 1), and o, (..., q_len, head_dim)
+    "The triple (m, l, o) of one block: maximum, sum of exp(score − m), and the values in these shares, not yet divided"
     m = scores.amax(-1, keepdim=True)
     shares = torch.exp(scores - _finite(m))
     return m, shares.sum(-1, keepdim=True), shares @ values
@@ -56,16 +56,21 @@ def attend_block(
 
 def finish(
     m:Tensor, # maxima, (..., 1)
-    s:Tensor, # sums, (..., 1)
+    l:Tensor, # sums of exp(score − m), (..., 1)
     o:Tensor, # outputs not yet divided, (..., head_dim)
 ) -> tuple[Tensor, Tensor]: # outputs (..., head_dim), and log-sum-exp of the scores (..., 1)
-    "The weighted mean o/s, and m + ln s; rows that saw nothing give zeros and −∞"
-    s = s.masked_fill(s == 0, 1)
-    return o / s, m + s.log()
+    "The weighted mean o/l, and L = m + log l; rows that saw nothing give zeros and −∞"
+    l = l.masked_fill(l == 0, 1)
+    return o / l, m + l.log()
 
 
 def running_attention(
     blocks:Iterable[tuple[Tensor, Tensor]], # scores (..., q_len, n), values (..., n, head_dim); one or more
-) -> tuple[Tensor, Tensor]: # as `finish` gives
-    "softmax(scores) @ values over all blocks in one pass (Dao et al. 2022, section 3.1; one division: Dao 2023)"
-    return finish(*reduce(merge, (attend_block(scores, values) for scores, values in blocks)))
+) -> tuple[Tensor, Tensor]: # outputs (..., q_len, head_dim) and log-sum-exp (..., q_len, 1), as `finish` gives
+    """softmax(scores) @ values over all blocks in one pass (Dao et al. 2022, section 3.1; divided once: Dao 2023).
+
+    ValueError without any block: nothing would tell the shapes"""
+    triples = (attend_block(scores, values) for scores, values in blocks)
+    first = next(triples, None)
+    if first is None: raise ValueError("there are no blocks to attend to: give at least one, of scores and values")
+    return finish(*reduce(merge, triples, first))

@@ -26,10 +26,10 @@ def attention_flops(
     causal:bool=False, # count only the keys that may be seen, j ≤ i + k_len − q_len
     backward:bool=False, # count the backward pass alone, instead of the forward pass
 ) -> int:
-    """FLOPs of the matrix products of attention, 2 for each multiplication and addition, as papers count them.
+    """FLOPs of the matrix products of attention, each multiplication and each addition counted as one.
 
-    4·head_dim for each pair of a query and a key in the forward pass, two products. 2.5 times as much in the
-    backward pass: five products, the scores computed anew (Dao et al. 2022, algorithm 4)"""
+    4·head_dim for each pair of a query and a key in the forward pass: two products. 2.5 times as much in the backward
+    pass: five products, the scores computed anew (Dao 2023, section 4.1, where causal halves; here it is counted)"""
     pairs = q_len * k_len
     if causal: # row i sees clip(i + 1 + k_len − q_len, 0, k_len) keys: the last rows 1, 2, … up to k_len
         rows = min(q_len, k_len)
@@ -47,24 +47,32 @@ def attention_bytes(
     dtype:torch.dtype=torch.float32,
     backward:bool=False, # count the backward pass alone, instead of the forward pass
 ) -> int:
-    """The least that attention must move: q, k, v read once, the output written once.
+    """The bytes that attention moves if nothing is moved twice: q, k, v read, the output written.
 
-    In the backward pass the output, its gradient and q, k, v are read, three gradients written: twice as much.
-    No attention moves less; one with a fast memory too small for its keys moves more"""
+    In the backward pass q, k, v, the output and its gradient are read, three gradients written: twice as much. (The
+    log-sum-exp, one number a row, is not counted.) Where keys and values do not fit into fast memory more is moved"""
     numbers = 2 * batch * head_dim * (heads * q_len + (heads if kv_heads is None else kv_heads) * k_len)
     return (2 if backward else 1) * numbers * dtype.itemsize
 
 # %% ../../nbs/1_attention/05_bytes.ipynb #83054e56
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)         # a @ b, and c.addmm_(a, b)
+
+
+def _address(x): return x.untyped_storage().data_ptr()
+
+# %% ../../nbs/1_attention/05_bytes.ipynb #d0b40cac
 class FastMemory(TorchDispatchMode):
     """A fast memory for `capacity` numbers in front of a slow one: counts what crosses, and holds no more than fits.
 
     In `with fast:` every tensor that an operation makes lies in fast memory until nobody holds it any longer; what was
-    made before lies in slow memory. Raises MemoryError when full, ValueError on arithmetic with what was not loaded"""
+    made before lies in slow memory. FLOPs are those of `a @ b` and `c.addmm_(a, b)`, of matrices.
+    Raises MemoryError when full, ValueError on arithmetic with what was not loaded"""
     def __init__(self, capacity:int):
         super().__init__()
         self.capacity, self.loads, self.stores, self.flops = capacity, 0, 0, 0
         self.held = self.peak = 0 # numbers in fast memory, now and at most
-        self._inside, self._crossing = {}, False # address → how many numbers
+        self._inside = {} # what is there: address → how many numbers
+        self._crossing = False # during a load or a store
 
     def load(self, x:Tensor) -> Tensor:
         "A copy in fast memory of what lies in slow memory"
@@ -103,10 +111,6 @@ class FastMemory(TorchDispatchMode):
     def _drop(self, address): self.held -= self._inside.pop(address)
 
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default) # of matrices; 2 FLOPs a multiplication
-
-
-def _address(x): return x.untyped_storage().data_ptr()
 
 # %% ../../nbs/1_attention/05_bytes.ipynb #6e3d7676
 class Traffic(NamedTuple):
@@ -116,7 +120,9 @@ class Traffic(NamedTuple):
     flops:int # of its matrix products
 
     @property
-    def moved(self): return self.loads + self.stores
+    def moved(self) -> int:
+        "Numbers that crossed, either way"
+        return self.loads + self.stores
 
 # %% ../../nbs/1_attention/05_bytes.ipynb #325850d7
 def naive_tile(
@@ -139,7 +145,9 @@ def naive_through(
     k:Tensor, # keys, (k_len, head_dim)
     v:Tensor, # values, (k_len, head_dim)
 ) -> Tensor: # (q_len, head_dim), in slow memory
-    "softmax(QKᵀ/√d)V in three steps that each begin and end in slow memory (Dao et al. 2022, algorithm 0)"
+    """softmax(QKᵀ/√d)V in three steps that each begin and end in slow memory (Dao et al. 2022, algorithm 0).
+
+    ValueError where `naive_tile` finds the fast memory too small"""
     tile, d = naive_tile(fast.capacity, q.shape[1], k.shape[0]), q.shape[1]
     scores, out = q.new_empty(q.shape[0], k.shape[0]), torch.empty_like(q)
     with fast:
@@ -170,8 +178,12 @@ def tiled_through(
     keys:int|None=None, # keys in a tile, None for those of `tile_sizes`
     queries:int|None=None, # queries in a tile, likewise
 ) -> Tensor: # (q_len, head_dim), in slow memory
-    "softmax(QKᵀ/√d)V tile by tile, the scores never in slow memory (Dao et al. 2022, algorithm 1)"
-    if keys is None: keys, queries = tile_sizes(fast.capacity, q.shape[1])
+    """softmax(QKᵀ/√d)V tile by tile, the scores never in slow memory (Dao et al. 2022, algorithm 1).
+
+    ValueError where `tile_sizes` finds the fast memory too small; MemoryError where given tiles do not fit"""
+    if keys is None or queries is None: # whichever is not given
+        fitting = tile_sizes(fast.capacity, q.shape[1])
+        keys, queries = keys or fitting[0], queries or fitting[1]
     out, sums, maxima = torch.empty_like(q), q.new_empty(len(q), 1), q.new_empty(len(q), 1)
     with fast:
         for slow, start in ((out, 0.), (sums, 0.), (maxima, -torch.inf)):
@@ -216,7 +228,9 @@ def naive_traffic(
     head_dim:int,
     memory:int, # numbers that fit into fast memory
 ) -> Traffic: # of one head
-    "What `naive_through` counts, without running it: Θ(N·d + N²) numbers"
+    """What `naive_through` counts, without running it: Θ(N·d + N²) numbers once its tiles are wider than head_dim.
+
+    ValueError as there"""
     rows_of_tiles = math.ceil(q_len / naive_tile(memory, head_dim, k_len))
     keys_again = rows_of_tiles * k_len * head_dim # all keys for each row of tiles, later all values
     loads = (q_len * head_dim + keys_again) + q_len * k_len + (q_len * k_len + keys_again)
@@ -230,7 +244,7 @@ def tiled_traffic(
     head_dim:int,
     memory:int, # numbers that fit into fast memory
 ) -> Traffic: # of one head
-    "What `tiled_through` counts, without running it: Θ(N²·d²/memory) numbers"
+    "What `tiled_through` counts, without running it: Θ(N²·d²/memory) numbers. ValueError as there"
     passes = math.ceil(k_len / tile_sizes(memory, head_dim)[0]) # over all queries, one for each tile of keys
     loads = 2 * k_len * head_dim + passes * (2 * q_len * head_dim + 2 * q_len)
     stores = (passes + 1) * (q_len * head_dim + 2 * q_len)
