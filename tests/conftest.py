@@ -1,10 +1,16 @@
 "What several files need: one tiny run, trained once, and the command line called in this process."
 import io
 import json
+import os
 import shutil
 import sys
 
-import pytest  # and the package where it is needed: it takes seconds, and half of the files do without
+import pytest
+import torch  # and the package where it is needed: it takes seconds, and half of the files do without
+
+# Without a GPU our Triton kernels run in Triton's interpreter. Triton asks for this once, when it is imported, which
+# PyTorch may do at any time: so it is said here, before any test begins.
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
 RECIPE = """
 data: {{train: {text}/train, validation: {text}/validation, test: {text}/test, vocab_size: 400}}

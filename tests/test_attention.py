@@ -1,7 +1,8 @@
-"The attention room against PyTorch and float64: fuzzing, bad input, MultiHeadAttention, the cache."
+"The attention room against PyTorch: masks and edges, bad input, MultiHeadAttention, the cache. See test_conformance.py"
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import allowed, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -11,104 +12,14 @@ from flash_transformer.attention import (
     KeyValueCache,
     MultiHeadAttention,
     attention,
+    attention_varlen,
     attention_weights,
     backends,
     explain,
 )
+from flash_transformer.attention.tiled import tiled_attention
 
 BACKENDS = ["sdpa", "tiled", "naive"]  # those that serve any tensors on any machine; each other has its own tests
-
-
-# ---- fuzzing: each backend against float64, with at most twice the error of plain PyTorch in the same dtype ----
-
-def allowed(batch, q_len, k_len, causal, lengths, window):
-    "The definition, element by element in three index grids, without AttentionMask"
-    b, i, j = torch.meshgrid(torch.arange(batch), torch.arange(q_len), torch.arange(k_len), indexing="ij")
-    ahead = j - i - k_len + q_len
-    see = torch.ones(batch, q_len, k_len, dtype=torch.bool)
-    if causal: see &= ahead <= 0
-    if lengths is not None: see &= j < torch.tensor(lengths)[b]
-    if window is not None and window[0] >= 0: see &= ahead >= -window[0]
-    if window is not None and window[1] >= 0: see &= ahead <= window[1]
-    return see[:, None], ahead.abs()[:, None]  # b 1 q k
-
-
-def plain(q, k, v, see, distance, slopes, scale):
-    "Attention as one writes it in an hour, in the dtype of q; rows that see nothing are left out by hand"
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if slopes is not None: scores = scores - (slopes.double()[..., None, None] * distance).to(q.dtype)
-    rows = see.any(-1, keepdim=True)
-    weights = scores.masked_fill(~see & rows, -torch.inf).softmax(-1)
-    return torch.where(rows, weights @ v, 0)
-
-
-def with_gradients(f, inputs, direction):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = f(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, direction.to(out.dtype))]
-
-
-@st.composite
-def cases(draw):
-    batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    q_len, k_len = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    side = st.integers(-1, 12)
-    return dict(
-        sizes=(batch, kv_heads * group, kv_heads, q_len, k_len, draw(st.sampled_from([1, 5, 8, 32]))),
-        dtype=draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])),
-        causal=draw(st.booleans()),
-        lengths=draw(st.none() | st.lists(st.integers(0, k_len), min_size=batch, max_size=batch)),
-        window=draw(st.none() | st.tuples(side, side)),
-        slopes=draw(st.sampled_from([None, "per head", "per sentence"])),
-        scale=draw(st.sampled_from([None, 0.3, 1.0])),
-        seed=draw(st.integers(0, 2 ** 31)),
-    )
-
-
-@settings(max_examples=250, deadline=None, derandomize=True)
-@given(cases())
-def test_fuzz(case):
-    batch, heads, kv_heads, q_len, k_len, d = case["sizes"]
-    g = torch.Generator().manual_seed(case["seed"])
-    q, k, v, direction = (torch.randn(batch, h, n, d, generator=g).to(case["dtype"]) for h, n in
-                          ((heads, q_len), (kv_heads, k_len), (kv_heads, k_len), (heads, q_len)))
-    slopes = None if case["slopes"] is None else torch.rand((batch, heads) if "sent" in case["slopes"] else (heads,),
-                                                            generator=g)
-    see, distance = allowed(batch, q_len, k_len, case["causal"], case["lengths"], case["window"])
-    mask = AttentionMask(case["causal"], case["lengths"], case["window"], slopes)
-    assert torch.equal(mask.dense(q_len, k_len).expand(batch, 1, q_len, k_len), see)
-
-    def by_hand(*x): return plain(*x, see, distance, slopes, case["scale"])
-    exact = with_gradients(by_hand, [x.double() for x in (q, k, v)], direction)
-    usual = with_gradients(by_hand, (q, k, v), direction)
-    # On small tensors plain PyTorch is often exact by luck, where sums cancel or have one term: twice its error is
-    # then nothing. So allow a last digit of the numbers that are summed, on top (dv = weightsᵀ·direction, and the
-    # weights are positive; the scores' gradient is a difference of terms like direction·v, times q or k).
-    dv_terms = with_gradients(by_hand, [x.double() for x in (q, k, v)], direction.abs())[3].max()
-    ds_terms = (direction.double().abs().flatten(1, 2) @ v.double().abs().flatten(1, 2).mT).max()
-    dq_terms = ds_terms * max(q.abs().max(), k.abs().max()) * (case["scale"] or case["sizes"][-1] ** -0.5)
-    terms = [v.abs().max(), dq_terms, dq_terms, dv_terms]
-    # An error eps·|score| of a score is one of a weight, relative to it. In half precision plain PyTorch makes it too.
-    if case["dtype"] == torch.float32:
-        largest = (q.abs().flatten(1, 2) @ k.abs().flatten(1, 2).mT).max() * (case["scale"] or q.shape[-1] ** -0.5)
-        terms = [t * (1 + largest + (0 if slopes is None else distance.max())) for t in terms]
-    for backend in (*BACKENDS, "auto"):
-        found = with_gradients(lambda *x: attention(*x, mask, 0., case["scale"], backend), (q, k, v), direction)  # noqa: B023
-        for i, (ours, theirs, right) in enumerate(zip(found, usual, exact)):
-            assert ours.dtype == case["dtype"] and ours.shape == right.shape
-            error, bound = (ours - right).abs().max(), 2 * (theirs - right).abs().max()
-            bound += torch.finfo(case["dtype"]).eps * terms[i]
-            if case["dtype"] == torch.float64: bound = 1e-12  # plain PyTorch in the same dtype is the judge itself
-            what = ("output", "dq", "dk", "dv")[i]
-            assert error <= bound, f"{backend}, {what}: {error:.2e} against {bound:.2e}"
-        hidden = ~see.any(-1).expand(batch, heads, q_len)
-        assert (found[0][hidden] == 0).all() and (found[1][hidden] == 0).all()
-    weights = attention_weights(q, k, mask, case["scale"])
-    see_all = see.expand(batch, heads, q_len, k_len)
-    assert weights.shape == see_all.shape and (weights[~see_all] == 0).all()
-    torch.testing.assert_close(weights.double().sum(-1), see.any(-1).double().expand(batch, heads, q_len),
-                               atol=k_len * torch.finfo(case["dtype"]).eps, rtol=0)
 
 
 # ---- masks and edges ----
@@ -117,9 +28,9 @@ def test_fuzz(case):
 @pytest.mark.parametrize("q_len, k_len", [(4, 4), (1, 4), (3, 7), (7, 3)])
 def test_causal_is_aligned_at_the_end(backend, q_len, k_len):
     q, k, v = (torch.randn(2, 4, n, 8, dtype=torch.float64) for n in (q_len, k_len, k_len))
-    see, distance = allowed(2, q_len, k_len, True, None, None)
+    see, _ = allowed(2, q_len, k_len, True, None, None)
     found = attention(q, k, v, AttentionMask(causal=True), backend=backend)
-    torch.testing.assert_close(found, plain(q, k, v, see, distance, None, None), atol=1e-12, rtol=0)
+    torch.testing.assert_close(found, plain(q, k, v, see, None, 8 ** -0.5), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -228,6 +139,11 @@ BAD = {
     "window a number": (lambda: AttentionMask(window=3), ValueError, r"\(left, right\)"),
     "slopes": (lambda: attention(X, X, X, AttentionMask(alibi=torch.ones(4))), ValueError, "6 heads"),
     "slopes whole": (lambda: AttentionMask(alibi=torch.ones(4).long()), ValueError, "floating point"),
+    "weights": (lambda: attention_weights(X, X[:, :4]), ValueError, "4 key/value heads do not divide 6"),
+    "explain": (lambda: explain(X, X, X[..., :4]), ValueError, "head_dim"),
+    "backend of old": (lambda: attention(X, X, X, backend="flash-attn2"), ValueError, "did you mean 'flash_attn'"),
+    "blocks of no queries": (lambda: tiled_attention(X, X, X, block_q=0), ValueError, "block_q is 0"),
+    "blocks of no keys": (lambda: tiled_attention(X, X, X, block_k=0), ValueError, "block_k 0"),
     "module heads": (lambda: MultiHeadAttention(10, 4), ValueError, "4 heads do not divide"),
     "module kv_heads": (lambda: MultiHeadAttention(16, 4, kv_heads=3), ValueError, "3 key/value heads do not divide"),
     "module kv_heads 0": (lambda: MultiHeadAttention(16, 4, kv_heads=0), ValueError, "0 key/value heads"),
@@ -236,7 +152,62 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("call, error, words", BAD.values(), ids=BAD)
+P = torch.randn(7, 6, 8)  # packed: 7 tokens, 6 heads, head_dim 8
+
+
+def packed(q=P, k=P, v=P, cu_q=(0, 3, 7), cu_k=(0, 3, 7), *args, **options):
+    cu_q, cu_k = (torch.tensor(cu) if isinstance(cu, tuple) else cu for cu in (cu_q, cu_k))
+    return lambda: attention_varlen(q, k, v, cu_q, cu_k, *args, **options)
+
+
+BAD_PACKED = {
+    "rank": (packed(P[None]), ValueError, r"q has shape \(1, 7, 6, 8\): give \(total, heads, head_dim\)"),
+    "not a tensor": (packed(v=P.tolist()), TypeError, "v must be a tensor"),
+    "integers": (packed(P.long(), P.long(), P.long()), ValueError, "floating point"),
+    "heads": (packed(k=P[:, :4], v=P[:, :4]), ValueError, "4 key/value heads do not divide 6"),
+    "no heads": (packed(k=P[:, :0], v=P[:, :0]), ValueError, "must be a head"),
+    "dtype": (packed(k=P.double()), ValueError, "dtype"),
+    "device": (packed(k=P.to("meta")), ValueError, "device"),
+    "head size of k": (packed(k=P[..., :4], v=P[..., :4]), ValueError, "head_dim 8, 4, 4"),
+    "head size of v": (packed(v=P[..., :4]), ValueError, "head_dim 8, 8, 4"),
+    "k and v": (packed(v=P[:5]), ValueError, "each key has its value"),
+    "mask is a matrix": (packed(mask=torch.ones(7, 7)), TypeError, "AttentionMask"),
+    "key_lengths": (packed(mask=AttentionMask(key_lengths=[3, 4])), ValueError, "key_lengths .* cu_seqlens_k"),
+    "slopes of another batch": (packed(mask=AttentionMask(alibi=torch.ones(3, 6))), ValueError, r"\(2, 6\) slopes"),
+    "dropout": (packed(dropout=1.), ValueError, "dropout is 1.0"),
+    "scale": (packed(scale=float("inf")), ValueError, "scale is inf"),
+    "backend": (packed(backend="tyled"), ValueError, "did you mean 'tiled'"),
+    "backend None": (packed(backend=None), ValueError, "no attention backend None"),
+    "cu_seqlens a list": (packed(cu_q=[0, 3, 7]), TypeError, "cu_seqlens_q must be a tensor, not list"),
+    "cu_seqlens a matrix": (packed(cu_k=torch.tensor([[0, 3, 7]])), ValueError, r"cu_seqlens_k has shape \(1, 3\)"),
+    "cu_seqlens of nothing": (packed(cu_q=torch.zeros(0).long()), ValueError, r"cu_seqlens_q has shape \(0,\)"),
+    "cu_seqlens float": (packed(cu_k=(0., 3., 7.)), ValueError, "cu_seqlens_k is torch.float32: give whole numbers"),
+    "cu_seqlens bool": (packed(cu_q=(False, True)), ValueError, "cu_seqlens_q is torch.bool: give whole numbers"),
+    "cu_seqlens fall": (packed(cu_q=(0, 5, 3, 7), cu_k=(0, 1, 2, 7)), ValueError, "falls from 5 to 3 at place 2"),
+    "cu_seqlens begin late": (packed(cu_k=(1, 3, 7)), ValueError, "cu_seqlens_k begins with 1"),
+    "cu_seqlens begin early": (packed(cu_q=(-1, 3, 7)), ValueError, "cu_seqlens_q begins with -1"),
+    "cu_seqlens end early": (packed(cu_q=(0, 3, 6)), ValueError, "cu_seqlens_q ends at 6, but there are 7 tokens"),
+    "cu_seqlens end late": (packed(cu_k=(0, 3, 8)), ValueError, "cu_seqlens_k ends at 8, but there are 7 tokens"),
+    "cu_seqlens of another number": (packed(cu_k=(0, 7)), ValueError, "cu_seqlens_q has 3 entries, cu_seqlens_k 2"),
+    "longest too short": (packed(max_seqlen_k=3), ValueError, "max_seqlen_k is 3, but sequence 1 has 4"),
+}
+
+
+@pytest.mark.parametrize("door", [lambda name: attention(X, X, X, backend=name), lambda name: packed(backend=name)()],
+                         ids=["attention", "attention_varlen"])
+def test_backend_that_cannot_run_here(door):
+    "Each that is not available, or takes no float32 or no gradients, says the reason that backends() gives, or its own"
+    for backend in backends():
+        if backend.name in BACKENDS: door(backend.name)
+        elif not backend.available:
+            with pytest.raises(ValueError) as caught: door(backend.name)
+            assert repr(backend.name) in str(caught.value) and str(caught.value).endswith(backend.reason)
+    if any(b.name == "triton" and b.available for b in backends()):
+        with pytest.raises(ValueError, match="'triton' cannot serve here: .*float32"): door("triton")
+
+
+@pytest.mark.parametrize("call, error, words", [*BAD.values(), *BAD_PACKED.values()],
+                         ids=[*BAD, *(f"packed, {name}" for name in BAD_PACKED)])
 def test_bad_input(call, error, words):
     with pytest.raises(error, match=words) as caught: call()
     assert "\n" not in str(caught.value)
