@@ -126,6 +126,12 @@ CASES = {
         "window": (256, -1), "causal": True}, tensors=cpu | {"shape": (1, 4, 8192, 64)}),
     "no GPU, wide window": Case("no GPU", "sdpa", {"tiled": "few"}, tensors=cpu | {"shape": (1, 1, 8192, 64)},
                                 mask={"window": (4096, 0)}),
+    "no GPU, window narrow enough with gradients": Case(
+        "no GPU", "tiled", tensors=cpu | {"shape": (1, 4, 4096, 64)}, mask={"window": (256, 0)}),
+    "no GPU, the same without": Case("no GPU", "sdpa", {"tiled": "few"}, mask={"window": (256, 0)},
+                                     tensors=cpu | {"shape": (1, 1, 4096, 64), "train": False}),
+    "no GPU, the same in half precision": Case("no GPU", "sdpa", {"tiled": "few"}, mask={"window": (256, 0)},
+                                               tensors=cpu | {"shape": (1, 1, 4096, 64), "dtype": "bfloat16"}),
     "no GPU, narrow window, one query": Case("no GPU", "sdpa", tensors=cpu | {"shape": (1, 4, 1, 64), "k_len": 8192},
                                              mask={"window": (256, 0)}),
     "no GPU, long, key_lengths": Case("no GPU", "sdpa", tensors=cpu | {"shape": (8, 16, 20_000, 64)},

@@ -13,11 +13,12 @@ import warnings
 import torch
 from torch import Tensor
 
+from .functional import _train
 from .masks import AttentionMask
 
 # %% ../../nbs/1_attention/11_choice.ipynb #2512e3e6
 def _mods(mask, batch, heads, q_len, k_len, device, dtype): # → mask_mod, and score_mod or None
-    ahead = torch.tensor(k_len - q_len, device=device)              # tensors: to a number it would compile anew
+    ahead = torch.tensor(k_len - q_len, device=device)              # tensors: for each number it would compile anew
     far = q_len + k_len                                             # no key is
     left, right = (torch.tensor(min(n, far) if n >= 0 else far, device=device) for n in mask.sides)
     lengths = torch.full((batch,), k_len, device=device) if mask.key_lengths is None else mask.key_lengths.to(device)
@@ -65,9 +66,6 @@ def _compiled():
     return compiled(create_block_mask), compiled(flex_attention)
 
 # %% ../../nbs/1_attention/11_choice.ipynb #ef1546d1
-def _train(q, k, v): return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
 def flex_attention(
     q:Tensor, # queries, (batch, heads, q_len, head_dim)
     k:Tensor, # keys, (batch, kv_heads, k_len, head_dim), kv_heads divides heads

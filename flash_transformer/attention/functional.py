@@ -68,10 +68,14 @@ def _written(q, k, mask): # → how many numbers SDPA must be given to know this
     return batch * (1 if mask.alibi is None else q.shape[1]) * q.shape[2] * k.shape[2]
 
 
-def _narrow(q, k, mask): # on a CPU: does a window hide so much that going tile by tile is faster?
+def _train(q, k, v): return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _narrow(q, k, v, mask): # on a CPU: does a window hide so much that going tile by tile is faster?
     left, right = (-1, -1) if mask is None else mask.sides
     if q.device.type != "cpu" or min(left, right) < 0: return False
     share = 12 if q.dtype in (torch.bfloat16, torch.float16) else 5  # `tiled` computes these in float32
+    if not _train(q, k, v): share *= 2                              # the fused forward pass is the better half
     enough = max(4096, share * (left + right + 512))                # 512: the edges of tiles, computed in vain
     return min(q.shape[2], k.shape[2]) >= enough
 
@@ -80,15 +84,14 @@ def _sdpa_slow(q, k, v, mask, dropout):
     if _written(q, k, mask) > HUGE: return "this mask, written out for it, would be larger than 1 GiB"
     if q.device.type != "cpu": return ""
     if dropout: return "on a CPU it is not fused when weights are dropped out, and plain products are as fast"
-    if _narrow(q, k, mask): return "it computes all the scores, and this window hides most of them"
-    train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if train and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= SHORT:
+    if _narrow(q, k, v, mask): return "it computes all the scores, and this window hides most of them"
+    if _train(q, k, v) and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= SHORT:
         return f"on a CPU, in half precision, its backward pass is slow for rows of up to {SHORT} keys"
     return ""
 
 
 def _tiled_slow(q, k, v, mask, dropout):
-    if len(q) * q.shape[1] * q.shape[2] * k.shape[2] > HUGE or _narrow(q, k, mask): return ""
+    if len(q) * q.shape[1] * q.shape[2] * k.shape[2] > HUGE or _narrow(q, k, v, mask): return ""
     return "it is written to be read, and the scores of these tensors are few enough for the others"
 
 # %% ../../nbs/1_attention/03_backends.ipynb #149cd3d3
