@@ -68,7 +68,7 @@ def test_maximum_and_sum_are_those_of_the_keys_so_far():
         part = scores[slice(*f["rows"]), :f["keys"][1]]
         m = part.amax(1)
         weights = torch.exp(part - m[:, None])
-        for got, expected in ((f["fast"]["m"], m), (f["fast"]["s"], weights.sum(1)),
+        for got, expected in ((f["fast"]["m"], m), (f["fast"]["l"], weights.sum(1)),
                               (f["fast"]["O"], weights @ v[:f["keys"][1]]), (f["fast"]["P"], weights[:, f["keys"][0]:]),
                               (f["factor"], torch.exp(torch.tensor(f["before"]["m"], dtype=torch.float64) - m))):
             torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), expected)
@@ -77,7 +77,7 @@ def test_maximum_and_sum_are_those_of_the_keys_so_far():
 def test_fast_memory_never_holds_more_than_a_tile_of_each():
     for f in tiled_trace(*qkv(), block_q=3, block_k=4):
         fast = f["fast"]
-        assert set(fast) <= set("QKVSPmsO") and not {"S", "P"} <= set(fast)
+        assert set(fast) <= set("QKVSPmlO") and not {"S", "P"} <= set(fast)
         for name in set(fast) & {"S", "P"}: assert (len(fast[name]), len(fast[name][0])) == (3, 4)
 
 

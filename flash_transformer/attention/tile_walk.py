@@ -62,9 +62,9 @@ def tiled_trace(
     note.frame("start", "Q, K and V lie in slow memory. Fast memory is empty.", fast={})
     for rows in _blocks(len(q), block_q):
         Q, O = note.load(q[rows]), torch.zeros_like(q[rows])                                       # q d
-        m, s = Q.new_full((len(Q),), -torch.inf), Q.new_zeros(len(Q))                              # q
-        fast, skipped = dict(Q=rows, m=m, s=s, O=O), []
-        note.frame("load Q", f"Queries {_span(rows)} come in. Their m, s and O begin at −∞, 0 and 0.",
+        m, l = Q.new_full((len(Q),), -torch.inf), Q.new_zeros(len(Q))                              # q
+        fast, skipped = dict(Q=rows, m=m, l=l, O=O), []
+        note.frame("load Q", f"Queries {_span(rows)} come in. Their m, ℓ and O begin at −∞, 0 and 0.",
                    rows=rows, fast=fast)
         for keys in _blocks(len(k), block_k):
             if causal and keys.start > rows.stop - 1 + ahead:        # the first key lies after the last query's place
@@ -77,18 +77,18 @@ def tiled_trace(
             if causal: S = _hide_future(S, rows, keys, ahead)
             note.frame("scores", f"S = QKᵀ/√d for queries {_span(rows)}, keys {_span(keys)}: here, and nowhere else.",
                        fast=dict(fast, S=S), **here)
-            before, m = dict(m=m, s=s), torch.maximum(m, S.amax(1))
+            before, m = dict(m=m, l=l), torch.maximum(m, S.amax(1))
             base = m.masked_fill(m == -torch.inf, 0)                 # a row without keys so far: −∞ − 0, not −∞ + ∞
             factor, P = torch.exp(before["m"] - base), torch.exp(S - base[:, None])
-            s, O = s * factor + P.sum(1), O * factor[:, None] + P @ V
-            fast.update(m=m, s=s, O=O)
-            note.frame("fold", "P = exp(S − m). The factor repairs the old s and O; P's sums and PV are added.",
+            l, O = l * factor + P.sum(1), O * factor[:, None] + P @ V
+            fast.update(m=m, l=l, O=O)
+            note.frame("fold", "P = exp(S − m). The factor repairs the old ℓ and O; P's sums and PV are added.",
                        before=before, factor=factor, fast=dict(fast, P=P), **here)
-        O = torch.where(s[:, None] > 0, O / s[:, None], 0)           # q d; a row that sees nothing gives zeros
-        note.store(O); note.store(m + s.log())
+        O = torch.where(l[:, None] > 0, O / l[:, None], 0)           # q d; a row that sees nothing gives zeros
+        note.store(O); note.store(m + l.log())
         over = f" Keys from {skipped[0][0]} on are in their future: skipped, not even loaded." if skipped else ""
-        note.frame("write", f"O/s and m + log s of queries {_span(rows)} go to slow memory.{over}", rows=rows,
-                   skipped=skipped, fast=dict(Q=rows, m=m, s=s, O=O))
+        note.frame("write", f"O/ℓ and m + log ℓ of queries {_span(rows)} go to slow memory.{over}", rows=rows,
+                   skipped=skipped, fast=dict(Q=rows, m=m, l=l, O=O))
     note.frame("done", "Done. No score was ever in slow memory.", fast={})
     return note.frames
 
@@ -311,18 +311,18 @@ function fastMemory(t) {
   if (k) art += grid(flip(k), SX, HEAD + UPPER - D * FLAT, CW, FLAT, { scale: most.k });
   if (v) art += grid(v, OX, HEAD + UPPER - BK * FLAT, CW, FLAT, { scale: most.v });
   if (tile) art += grid(tile, SX, SY, CW, CH, { scale: fast.P ? 1 : most.S, weight: !!fast.P, printed: true });
-  const stats = [before && before.m, fast.m, factor, before && before.s, fast.s];
+  const stats = [before && before.m, fast.m, factor, before && before.l, fast.l];
   stats.forEach((xs, n) => { if (xs) art += grid(column(xs), MX + n * CW, SY, CW, CH, { scale: 0, printed: true }); });
   if (fast.O) art += grid(fast.O, OX, SY, CW, CH, { scale: 2 * most.v, printed: true });
   const head = SY - 5, middle = (x, n, w = CW) => x + n * w / 2;
   art += label(middle(0, D, QW), head, 'Q') + label(middle(SX, BK), head, fast.P ? 'P = exp(S − m)' : 'S = QKᵀ/√d')
     + label(middle(SX, BK), HEAD + UPPER - D * FLAT - 4, 'Kᵀ') + label(middle(OX, D), HEAD + UPPER - BK * FLAT - 4, 'V')
-    + label(middle(OX, D), head, phase === 'write' ? 'O / s' : 'O');
-  ['was', 'm', 'factor', 'was', 's'].forEach((name, n) =>
+    + label(middle(OX, D), head, phase === 'write' ? 'O / ℓ' : 'O');
+  ['was', 'm', 'factor', 'was', 'ℓ'].forEach((name, n) =>
     art += label(MX + (n + 0.5) * CW, head, name, n % 3 ? '' : 'class="dim"'));
   art += label(MX + 2.5 * CW, head - HEAD, 'factor = exp(was − m)', 'class="dim"');
   $('fast').innerHTML = art;
-  const held = [...'QKVSPmsO'].filter(name => fast[name]).map(name =>
+  const held = [...'QKVSPmlO'].filter(name => fast[name]).map(name =>
     [name, 'QKV'.includes(name) ? (fast[name][1] - fast[name][0]) * D : fast[name].flat().length]);
   $('holds').textContent = held.length ? held.map(pair => pair.join(' ')).join(' + ') + ' = '
     + held.reduce((sum, pair) => sum + pair[1], 0) + ' numbers' : 'empty';
