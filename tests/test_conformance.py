@@ -48,15 +48,15 @@ def test_each_backend():
     count, fast = Counter(), [b for b in AVAILABLE if b.name not in SLOW]
 
     @many(CASES)
-    @given(cases(), st.integers(1, 40), st.integers(1, 40))
-    def run(case, block_q, block_k):
+    @given(cases(), st.sampled_from([(16, 24), (9, 40), (40, 9), (64, 16)]))
+    def run(case, blocks):
         problem = Problem(case)
         for backend in fast:
             if (found := served(backend, problem)) is None: continue
             problem.check(found, backend.name)
             count[backend.name, len(found)] += 1
-        found = problem.solve(lambda q, k, v, mask, scale: tiled_attention(q, k, v, mask, 0., scale, block_q, block_k))
-        problem.check(found, f"tiled in {block_q} × {block_k}")
+        found = problem.solve(lambda q, k, v, mask, scale: tiled_attention(q, k, v, mask, 0., scale, *blocks))
+        problem.check(found, f"tiled in blocks of {blocks}")
 
     run()
     assert all(count[name, 4] >= CASES for name in ("naive", "sdpa", "tiled")), count
@@ -158,7 +158,6 @@ class Sketch(torch.autograd.Function):
             if fault == "weights in 6 bits": p = (p * 64).round() / 64
             l = l * (1 if fault == "sum not rescaled" else factor) + p.sum(-1, keepdim=True)
             o = o * (1 if fault == "output not rescaled" else factor) + p @ v_[:, :, j:j + 8]
-            if fault == "output kept in q's dtype": o = o.to(q.dtype).to(exact)
         o = torch.where(see.any(-1, keepdim=True), o / l, 1. if fault == "hidden rows are 1" else 0.).to(q.dtype)
         ctx.save_for_backward(q_, k_, v_, o, (base + l.log()).masked_fill(~see.any(-1, keepdim=True), torch.inf), bias)
         return o
@@ -179,14 +178,13 @@ class Sketch(torch.autograd.Function):
 
 
 FAULTS = ("scale off by 1 %", "ALiBi towards the far", "mask one key to the right", "last key forgotten",
-          "maximum not subtracted", "sum not rescaled", "output not rescaled", "output kept in q's dtype",
-          "weights in 6 bits", "hidden rows are 1", "D left out", "dq not scaled", "dk of one head for the group",
-          "dv without the last query")
+          "maximum not subtracted", "sum not rescaled", "output not rescaled", "weights in 6 bits", "hidden rows are 1",
+          "D left out", "dq not scaled", "dk of one head for the group", "dv without the last query")
 
 
 def test_faults_are_found():
     "A sketch without a fault passes every case; with any of the faults it fails in several of a hundred"
-    found, fine = Counter(), Counter()
+    found = Counter()
 
     def sketch(fault):
         def attend(q, k, v, mask, scale):
@@ -201,7 +199,6 @@ def test_faults_are_found():
     @given(cases(sizes=((60, 2, 2, 2),)))
     def run(case):
         problem = Problem(case)
-        fine[max(problem.ratios(problem.solve(sketch(None)))) <= 1] += 1
         problem.check(problem.solve(sketch(None)), "the sketch without a fault")
         for fault in FAULTS:
             try: problem.check(problem.solve(sketch(fault)), fault)
@@ -209,4 +206,4 @@ def test_faults_are_found():
 
     run()
     print({fault: found[fault] for fault in FAULTS})
-    assert all(found[fault] >= 3 for fault in FAULTS), found
+    assert all(found[fault] >= 5 for fault in FAULTS), found
