@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .masks import AttentionMask
 
@@ -120,6 +119,9 @@ def _backward(task, d_out, q, k, v, out, lse): # → dq, dk, dv
     return dq.mul_(task.scale).to(q.dtype), dk.mul_(task.scale).to(k.dtype), dv.to(v.dtype)
 
 # %% ../../nbs/1_attention/07_tiled.ipynb #043c503f
+ONCE = "this backend has no second derivatives, which create_graph=True asks for: call attention with backend='naive'"
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, task):
@@ -129,8 +131,8 @@ class _Tiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out):
+        if torch.is_grad_enabled(): raise RuntimeError(ONCE)        # asked with create_graph=True
         with torch.autocast(d_out.device.type, enabled=False):
             return *_backward(ctx.task, d_out, *ctx.saved_tensors), None
 
@@ -147,8 +149,8 @@ def tiled_attention(
 ) -> Tensor: # (batch, heads, q_len, head_dim), of q's dtype; computed in float32, or in float64 if q is
     """FlashAttention-2 in plain PyTorch (Dao 2023, algorithms 1 and 2): memory grows with the length, not its square.
 
-    `attention(..., backend="tiled")` checks all arguments; here only the blocks are. Gradients can be taken once.
-    Raises ValueError for blocks below 1"""
+    `attention(..., backend="tiled")` checks all arguments; here only the blocks are.
+    Raises ValueError for blocks below 1, and in the backward pass RuntimeError if second derivatives are asked for"""
     if min(block_q, block_k) < 1: raise ValueError(f"block_q is {block_q}, block_k {block_k}: a tile needs at least 1")
     seed = int(torch.randint(2 ** 53, ())) if dropout else 0        # so torch.manual_seed governs it
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
