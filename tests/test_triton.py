@@ -1,20 +1,21 @@
-"Triton's kernels in its interpreter: outputs and gradients, every rule of the mask, dropout, packed sequences, bad numbers"
+"Our Triton kernels: interpreted, outputs and gradients against float64; and what the compiler makes of them"
 import itertools
 import math
-import os
-
-import torch
-
-if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+import subprocess
+import sys
 
 import pytest
+import torch
 from conformance import Packed, Problem, with_gradients
 
 from flash_transformer.attention import AttentionMask, attention
 from flash_transformer.attention import triton_kernels as backend
 from flash_transformer.attention.triton_kernels import triton_attention, triton_attention_varlen
 
-pytestmark = [pytest.mark.skipif(bool(backend.missing()), reason=backend.missing()),
+triton, tl, _narrow = backend.triton, backend.tl, backend._narrow
+
+WHY_NOT = backend.missing() or ("" if backend.INTERPRETED else "Triton's interpreter is off; see test_gpu.py")
+pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
               pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")]   # NaN in NumPy
 
 
@@ -105,6 +106,20 @@ def test_deterministic():
     qkvg = tensors(1, 4, 1, 60, 60, 16)
     first, again = (run(call(AttentionMask(causal=True)), *qkvg) for _ in range(2))
     assert all(map(torch.equal, first, again))
+
+
+def test_rounding_to_bf16():
+    "The interpreter's own would cut off; ours rounds as PyTorch does, to the nearest, and to even between two"
+    @triton.jit
+    def narrow(x, out, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(out + at, _narrow(tl.load(x + at), tl.load(out + at)))
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(1000), torch.tensor([0., -0., math.inf, -math.inf, math.nan, 3e38, 1e-40, 65504.]),
+                   1 + torch.arange(16) / 256])                            # the last lie between two of bf16
+    out = torch.zeros(1024, dtype=torch.bfloat16)
+    narrow[(1,)](x, out, BLOCK=1024)
+    assert torch.equal(out.nan_to_num(7), x.bfloat16().nan_to_num(7))
 
 
 # packed
@@ -233,7 +248,6 @@ def test_reasons(monkeypatch):
 
 # what the compiler makes of them, for GPUs that need not be here
 
-@pytest.mark.skipif(not backend.importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_no_spills_and_tensor_cores():
     "For every choice of blocks that the autotuner is offered on Ampere and Hopper, at head sizes 64 and 128"
     report = backend.compile_report(head_dims=(64, 128), sms=(80, 90), every=True)
@@ -245,9 +259,26 @@ def test_no_spills_and_tensor_cores():
     assert set(first.values()) == {"wgmma.mma_async"}                      # the small blocks after it have mma.sync
 
 
-@pytest.mark.skipif(not backend.importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_other_gpus():
     "Blackwell has its own instruction; for Turing Triton emits none: should that change, `slow` has to be asked again"
     report = backend.compile_report(head_dims=(64,), sms=(75, 100))
     for c in report[3:]: assert c.spilled == 0 and c.instruction == "tcgen05.mma" and c.sass > 0, c
     for c in report[:3]: assert (c.instruction, c.count, c.sass) == ("", 0, 0), c
+
+
+def test_everything_compiles():
+    "The compiler is stricter than the interpreter: all rules, dropout, packed, a head size that is no power of two"
+    report = backend.compile_report(head_dims=(40,), sms=(80, 90), everything=True)
+    assert len(report) == 6 and all(c.count > 0 and c.sass > 0 for c in report), report
+
+
+def test_without_triton():
+    "Where there is no Triton, the module can be imported and says so"
+    code = """import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == 'triton' else find(name, *more)
+sys.modules['triton'] = None
+from flash_transformer.attention import triton_kernels
+print(triton_kernels.missing())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("Triton is not installed"), done.stderr

@@ -143,7 +143,7 @@ def _see_any(place, n, rules): # → may it see any key at all?
 # %% ../../nbs/1_attention/08_triton.ipynb #989f52a1
 @helper
 def _keys_of(place, end, n, rules, BLOCK: tl.constexpr):
-    # for the queries at place … end − 1: keys lo … hi − 1 are seen by some of them, and whole tiles of lo … full by all
+    # for queries at place … end − 1: keys lo … hi − 1 are seen by some of them, and tiles between lo and full by all
     lo, full, hi = n * 0, n, n
     if rules.right is not None: full, hi = tl.minimum(n, place + rules.right + 1), tl.minimum(n, end + rules.right)
     if rules.left is not None:
@@ -154,19 +154,20 @@ def _keys_of(place, end, n, rules, BLOCK: tl.constexpr):
 # %% ../../nbs/1_attention/08_triton.ipynb #c8d314ad
 @helper
 def _kept(drop, place, j, bh): # → which weights stay: by a random number of seed, batch and head, query, key
-    bits, _, _, _ = tl.philox(drop.seed, j + place * 0, place + j * 0, bh + (place + j) * 0, (place + j) * 0)
+    zero = (place + j) * 0
+    bits, _, _, _ = tl.philox(drop.seed, zero + j, zero + place, zero + bh, zero)
     return (bits >> 8).to(tl.float32) * 2**-24 >= drop.p
 
 # %% ../../nbs/1_attention/08_triton.ipynb #d1cd436e
 @helper
 def _forward_tiles(o, m, l, q_i, k_at, v_at, k_row, v_row, place, bh, n, scale, slope, rules, drop, lo, hi,
-                   WHOLE: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, BLOCK_K: tl.constexpr):
+                   PARTIAL: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, BLOCK_K: tl.constexpr):
     for j0 in tl.range(lo, hi, BLOCK_K):
         j, step = j0 + tl.arange(0, BLOCK_K), tl.cast(j0, tl.int64)
         there = _there(j, n, D, PADDED)
         k_j, v_j = tl.load(k_at + step * k_row, there, 0.), tl.load(v_at + step * v_row, there, 0.)  # k d
         s = _scores(q_i, k_j, place[:, None], j[None, :], scale, slope, rules)                       # q k
-        if not WHOLE: s = tl.where(_see(place[:, None], j[None, :], n, rules), s, -float("inf"))
+        if PARTIAL: s = tl.where(_see(place[:, None], j[None, :], n, rules), s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == -float("inf"), 0., m_new)      # a row that has seen nothing yet: not −∞ − (−∞)
         p, factor = tl.exp2(s - base[:, None]), tl.exp2(m - base)
@@ -181,7 +182,7 @@ def _tuned(block, sums, *choices): # the outer block, how many accumulators of i
     "Triton's autotuner for one of the kernels; a choice is (BLOCK_Q, BLOCK_K, warps, stages of the pipeline)"
     if INTERPRETED: choices = [(64, 32, 4, 1)]
     def fit(configs, args, PADDED, capability=None, **_):
-        if (capability or torch.cuda.get_device_capability()) < (8, 0): return configs[-1:] # without tensor cores: small
+        if (capability or torch.cuda.get_device_capability()) < (8, 0): return configs[-1:]    # Turing: see below
         return [c for c in configs if sums * c.kwargs[block] * PADDED <= 64 * 32 * c.num_warps] # 64 of 255 registers
     configs = [triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=w, num_stages=s) for q, k, w, s in choices]
     return triton.autotune(configs, key=["bucket", "PADDED"], prune_configs_by={"early_config_prune": fit})
@@ -209,10 +210,10 @@ def _forward(q, k, v, out, lse, rules, drop, cu_q, cu_k, q_len, k_len, heads, gr
     m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
 
     lo, full, hi = _keys_of(i0 + ahead, tl.minimum(i0 + BLOCK_Q, q_len) + ahead, n, rules, BLOCK_K)
-    o, m, l = _forward_tiles(o, m, l, q_i, k_at, v_at, k.row, v.row, place, bh, n, scale, slope, rules, drop, lo, full,
-                             True, D, PADDED, BLOCK_K)
-    o, m, l = _forward_tiles(o, m, l, q_i, k_at, v_at, k.row, v.row, place, bh, n, scale, slope, rules, drop, full, hi,
-                             False, D, PADDED, BLOCK_K)
+    for partial in tl.static_range(2):                          # unrolled: first the whole tiles, then the others
+        o, m, l = _forward_tiles(o, m, l, q_i, k_at, v_at, k.row, v.row, place, bh, n, scale, slope, rules, drop,
+                                 lo, full, partial, D, PADDED, BLOCK_K)
+        lo, full = full, hi
 
     sees = _see_any(place, n, rules)
     l = tl.where(sees, l, 1.)
@@ -225,7 +226,7 @@ def _forward(q, k, v, out, lse, rules, drop, cu_q, cu_k, q_len, k_len, heads, gr
 # %% ../../nbs/1_attention/08_triton.ipynb #e9cc8a04
 @helper
 def _dq_tiles(dq, q_i, do_i, lse, delta, k_at, v_at, k_row, v_row, place, bh, n, scale, slope, rules, drop, lo, hi,
-              WHOLE: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, BLOCK_K: tl.constexpr):
+              PARTIAL: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, BLOCK_K: tl.constexpr):
     for j0 in tl.range(lo, hi, BLOCK_K):
         j, step = j0 + tl.arange(0, BLOCK_K), tl.cast(j0, tl.int64)
         there = _there(j, n, D, PADDED)
@@ -234,7 +235,7 @@ def _dq_tiles(dq, q_i, do_i, lse, delta, k_at, v_at, k_row, v_row, place, bh, n,
         dp = _dot(do_i, tl.trans(v_j))
         if drop is not None: dp = tl.where(_kept(drop, place[:, None], j[None, :], bh), dp * drop.factor, 0.)
         ds = p * (dp - delta[:, None])
-        if not WHOLE: ds = tl.where(_see(place[:, None], j[None, :], n, rules), ds, 0.)
+        if PARTIAL: ds = tl.where(_see(place[:, None], j[None, :], n, rules), ds, 0.)
         dq = _dot(_narrow(ds, k_j), k_j, dq)                                                         # q d
     return dq
 
@@ -264,10 +265,10 @@ def _backward_dq(q, k, v, out, d_out, dq, lse, delta, rules, drop, cu_q, cu_k, q
     v_at = _at(v, b, h // group, k_first, BLOCK_K, PADDED)
     lo, full, hi = _keys_of(i0 + ahead, tl.minimum(i0 + BLOCK_Q, q_len) + ahead, n, rules, BLOCK_K)
     dq_i = tl.zeros((BLOCK_Q, PADDED), tl.float32)
-    dq_i = _dq_tiles(dq_i, q_i, do_i, lse_i, delta_i, k_at, v_at, k.row, v.row, place, bh, n, scale2, slope, rules,
-                     drop, lo, full, True, D, PADDED, BLOCK_K)
-    dq_i = _dq_tiles(dq_i, q_i, do_i, lse_i, delta_i, k_at, v_at, k.row, v.row, place, bh, n, scale2, slope, rules,
-                     drop, full, hi, False, D, PADDED, BLOCK_K)
+    for partial in tl.static_range(2):
+        dq_i = _dq_tiles(dq_i, q_i, do_i, lse_i, delta_i, k_at, v_at, k.row, v.row, place, bh, n, scale2, slope, rules,
+                         drop, lo, full, partial, D, PADDED, BLOCK_K)
+        lo, full = full, hi
     tl.store(_at(dq, b, h, q_first + i0, BLOCK_Q, PADDED), _narrow(dq_i * scale, q_i), there)
 
 # %% ../../nbs/1_attention/08_triton.ipynb #49675ed5
@@ -288,7 +289,7 @@ def _queries_of(j0, ahead, q_len, n, rules, BLOCK_K: tl.constexpr, BLOCK: tl.con
 # %% ../../nbs/1_attention/08_triton.ipynb #4ab8c735
 @helper
 def _dkdv_tiles(dk, dv, k_j, v_j, q_at, do_at, lse, delta, q_row, do_row, ahead, j, bh, q_len, n, scale, slope, rules,
-                drop, lo, hi, WHOLE: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr):
+                drop, lo, hi, PARTIAL: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr):
     for i0 in tl.range(lo, hi, BLOCK_Q):
         i, step = i0 + tl.arange(0, BLOCK_Q), tl.cast(i0, tl.int64)
         there, place = _there(i, q_len, D, PADDED), (i + ahead)[None, :]
@@ -296,13 +297,13 @@ def _dkdv_tiles(dk, dv, k_j, v_j, q_at, do_at, lse, delta, q_row, do_row, ahead,
         lse_i = tl.load(lse + i, i < q_len, float("inf"))
         delta_i = tl.load(delta + i, i < q_len, 0.)
         p = tl.exp2(_scores(k_j, q_i, place, j[:, None], scale, slope, rules) - lse_i[None, :])      # k q: transposed
-        if not WHOLE: p = tl.where(_see(place, j[:, None], n, rules), p, 0.)
+        if PARTIAL: p = tl.where(_see(place, j[:, None], n, rules), p, 0.)
         dp, pz = _dot(v_j, tl.trans(do_i)), p
         if drop is not None:
             kept = _kept(drop, place, j[:, None], bh)
             pz, dp = tl.where(kept, p * drop.factor, 0.), tl.where(kept, dp * drop.factor, 0.)
         ds = p * (dp - delta_i[None, :])
-        if not WHOLE: ds = tl.where(_see(place, j[:, None], n, rules), ds, 0.)
+        if PARTIAL: ds = tl.where(_see(place, j[:, None], n, rules), ds, 0.)
         dv = _dot(_narrow(pz, do_i), do_i, dv)                                                       # k d
         dk = _dot(_narrow(ds, q_i), q_i, dk)                                                         # k d
     return dk, dv
@@ -327,12 +328,12 @@ def _backward_dkdv(q, k, v, d_out, dk, dv, lse, delta, rules, drop, cu_q, cu_k, 
     for h in tl.range(kv_h * group, kv_h * group + group):      # the query heads that share this key head
         slope, row = _slope(rules, b, h), b * lse.batch + h * lse.head + q_first
         q_at, do_at = _at(q, b, h, q_first, BLOCK_Q, PADDED), _at(d_out, b, h, q_first, BLOCK_Q, PADDED)
-        dk_j, dv_j = _dkdv_tiles(dk_j, dv_j, k_j, v_j, q_at, do_at, lse.data + row, delta.data + row, q.row, d_out.row,
-                                 ahead, j, b * heads + h, q_len, n, scale2, slope, rules, drop, lo, full,
-                                 False, D, PADDED, BLOCK_Q)
-        dk_j, dv_j = _dkdv_tiles(dk_j, dv_j, k_j, v_j, q_at, do_at, lse.data + row, delta.data + row, q.row, d_out.row,
-                                 ahead, j, b * heads + h, q_len, n, scale2, slope, rules, drop, full, hi,
-                                 True, D, PADDED, BLOCK_Q)
+        start, end = lo, full
+        for whole in tl.static_range(2):                        # here the partial tiles come first
+            dk_j, dv_j = _dkdv_tiles(dk_j, dv_j, k_j, v_j, q_at, do_at, lse.data + row, delta.data + row, q.row,
+                                     d_out.row, ahead, j, b * heads + h, q_len, n, scale2, slope, rules, drop,
+                                     start, end, 1 - whole, D, PADDED, BLOCK_Q)
+            start, end = full, hi
     there = _there(j, k_len, D, PADDED)
     tl.store(_at(dk, b, kv_h, k_first + j0, BLOCK_K, PADDED), _narrow(dk_j * scale, k_j), there)
     tl.store(_at(dv, b, kv_h, k_first + j0, BLOCK_K, PADDED), _narrow(dv_j, v_j), there)
@@ -391,11 +392,11 @@ class _TritonAttention(torch.autograd.Function):
 # %% ../../nbs/1_attention/08_triton.ipynb #6468829c
 def _rules(mask, batch, heads, q_len, k_len, device):
     mask = mask or AttentionMask()
-    left, right = (min(n, q_len + k_len) if n >= 0 else None for n in mask.sides)          # no overflow in int32
+    left, right = (min(n, q_len + k_len) if n >= 0 else None for n in mask.sides)       # int32 must not overflow
     lengths, slopes = mask.key_lengths, mask.alibi
     if lengths is not None: lengths = lengths.to(device, torch.int32)
     if slopes is not None: slopes = slopes.to(device, torch.float32).expand(batch, heads)
-    return Rules(lengths, slopes, *(slopes.stride() if slopes is not None else (0, 0)), left, right)
+    return Rules(lengths, slopes, *((0, 0) if slopes is None else slopes.stride()), left, right)
 
 
 def _drop(p): # a seed that torch.manual_seed governs; odd and above 2³², so that one compiled kernel serves all
@@ -410,7 +411,9 @@ def triton_attention(
     dropout:float, # probability that a weight is dropped
     scale:float, # factor on the scores
 ) -> Tensor: # (batch, heads, q_len, head_dim)
-    "FlashAttention-2 (Dao 2023, algorithms 1 and 2) in Triton"
+    """FlashAttention-2 (Dao 2023, algorithms 1 and 2) in Triton; for arguments that were checked. Gradients once.
+
+    A NaN or Inf in a value reaches those who see it, and others who have it in a partial tile: 0 · NaN is NaN"""
     (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
     rules = _rules(mask, batch, heads, q_len, k_len, q.device)
     return _TritonAttention.apply(q, k, v, rules, _drop(dropout), None, None, q_len, k_len, scale)
@@ -428,7 +431,7 @@ def triton_attention_varlen(
     dropout:float, # probability that a weight is dropped
     scale:float, # factor on the scores
 ) -> Tensor: # (total_q, heads, head_dim)
-    "The same kernels on packed sequences"
+    "The same kernels on packed sequences: what `triton_attention` gives for each alone"
     rules = _rules(mask, len(cu_q) - 1, q.shape[1], max_q, max_k, q.device)
     return _TritonAttention.apply(q, k, v, rules, _drop(dropout), cu_q, cu_k, max_q, max_k, scale)
 
@@ -486,7 +489,8 @@ def _compile(kernel, head_dim, sm, every, everything):
         drop, cu = _drop(0.1), torch.empty(3, dtype=torch.int32, device="meta")
     common = _common(x, x, _rules(mask, 2, 8, 1024, 1024, "meta"), drop, cu, cu, 1024, 1024, 1.)
     sizes = {name: common.pop(name) for name in ("D", "PADDED")}
-    types, constants, sixteen = _types([rows] * count + [row] * (1 if kernel == "forward" else 2) + list(common.values()))
+    tensors = [rows] * count + [row] * (1 if kernel == "forward" else 2)
+    types, constants, sixteen = _types([*tensors, *common.values()])
     for argument in UNSPECIALISED: sixteen.pop((tuner.arg_names.index(argument),), None)
     choices = tuner.early_config_prune(tuner.configs, {}, **sizes, capability=divmod(sm, 10))
     for config in choices if every else choices[:1]:
@@ -504,8 +508,8 @@ def _look_into(binary): # → registers, spilled, shared, instruction, count, sa
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        used, sass = (subprocess.run([tools / tool, option, file.name], check=True, capture_output=True, text=True).stdout
-                      for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+        used, sass = (subprocess.run([tools / tool, how, file.name], check=True, capture_output=True, text=True).stdout
+                      for tool, how in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
     found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", binary.asm["ptx"])
     return (*map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups()), binary.metadata.shared,
             found[0] if found else "", len(found), len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)))
@@ -546,7 +550,7 @@ def cannot(q, k, v, mask, dropout) -> str:
     "Why these kernels cannot serve these tensors, or nothing"
     if q.dtype not in (torch.float16, torch.bfloat16): return f"it takes float16 and bfloat16, not {str(q.dtype)[6:]}"
     if q.shape[-1] > 256: return f"it takes head sizes up to 256, not {q.shape[-1]}"
-    if q.device.type != "cuda": return "" if INTERPRETED else f"it works on a CUDA GPU, and the tensors lie on {q.device}"
+    if q.device.type != "cuda": return "" if INTERPRETED else f"it works on a CUDA GPU, the tensors lie on {q.device}"
     capability = torch.cuda.get_device_capability(q.device)
     device = f"{torch.cuda.get_device_name(q.device)} has {'.'.join(map(str, capability))}"
     if capability < (7, 5): return f"Triton compiles for compute capability 7.5 and up, and {device}"
