@@ -20,7 +20,7 @@ from flash_transformer.attention import (
     flex,
     triton_kernels,
 )
-from flash_transformer.attention.functional import HUGE, _choose
+from flash_transformer.attention.functional import LARGEST_MASK, _choose
 from flash_transformer.attention.packed import _choose_packed
 
 CAPABILITIES = {"Tesla P100": (6, 0), "Tesla V100": (7, 0), "Tesla T4": (7, 5), "NVIDIA A100": (8, 0),
@@ -92,7 +92,7 @@ CASES = {
     "nothing installed": Case("NVIDIA A100", "sdpa", {"flash_attn": "not installed", "triton": "not installed",
                                                       "flex": "Triton.*not installed"}, ()),
     "nothing installed, a mask too large to write": Case(
-        "NVIDIA A100", "tiled", {"sdpa": "1 GiB", "flex": "not installed"}, (), long, {"alibi": SLOPES}),
+        "NVIDIA A100", "tiled", {"sdpa": "over a billion", "flex": "not installed"}, (), long, {"alibi": SLOPES}),
     "float32": Case("NVIDIA H100", "sdpa", {"flash_attn": "float32", "triton": "float32"}, tensors=single),
     "float64": Case("NVIDIA H100", "sdpa", {"flash_attn": "float64", "triton": "float64", "flex": "float64"},
                     tensors={"dtype": "float64"}),
@@ -104,10 +104,10 @@ CASES = {
     "T4, float32": Case("Tesla T4", "sdpa", {"flash_attn": "Turing", "triton": "float32"}, tensors=single),
     "T4, key_lengths and dropout": Case("Tesla T4", "sdpa", {"flex": "no dropout"}, tensors=half,
                                         mask={"key_lengths": LENGTHS}, dropout=0.1),
-    "T4, a mask too large to write": Case("Tesla T4", "flex", {"sdpa": "1 GiB", "triton": "tensor cores"},
+    "T4, a mask too large to write": Case("Tesla T4", "flex", {"sdpa": "over a billion", "triton": "tensor cores"},
                                           tensors=long | half, mask={"alibi": SLOPES}),
-    "T4, the same, dropout": Case("Tesla T4", "tiled", {"sdpa": "1 GiB", "flex": "no dropout"}, tensors=long | half,
-                                  mask={"alibi": SLOPES}, dropout=0.1),
+    "T4, the same, dropout": Case("Tesla T4", "tiled", {"sdpa": "over a billion", "flex": "no dropout"},
+                                  tensors=long | half, mask={"alibi": SLOPES}, dropout=0.1),
     "V100": Case("Tesla V100", "sdpa", {"flash_attn": "Volta", "triton": "7.5"}, tensors=half),
     "P100": Case("Tesla P100", "sdpa", {"flash_attn": "Pascal", "triton": "7.5", "flex": "sm_70"}, tensors=half),
     "tensors on the CPU of a machine with a GPU": Case(
@@ -136,7 +136,7 @@ CASES = {
                                              mask={"window": (256, 0)}),
     "no GPU, long, key_lengths": Case("no GPU", "sdpa", tensors=cpu | {"shape": (8, 16, 20_000, 64)},
                                       mask={"key_lengths": LENGTHS}),
-    "no GPU, a mask too large to write": Case("no GPU", "tiled", {"sdpa": "1 GiB"}, tensors=cpu | long,
+    "no GPU, a mask too large to write": Case("no GPU", "tiled", {"sdpa": "over a billion"}, tensors=cpu | long,
                                               mask={"alibi": SLOPES}),
 }
 
@@ -308,4 +308,4 @@ def test_flex_is_called_with_the_masks_own_rules():
         torch.testing.assert_close(score_mod(torch.tensor(1.), *place), 1 + bias[at])
 
 
-def test_huge_is_a_gibibyte_of_float32(): assert HUGE * 4 == 2 ** 30
+def test_over_a_billion(): assert 10 ** 9 <= LARGEST_MASK < 1.1 * 10 ** 9  # as the reason says
