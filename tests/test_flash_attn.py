@@ -57,6 +57,7 @@ CASES = {
     "long": (1, 2, 1, 130, 300, 32, {}),
     "sharp": (1, 2, 1, 33, 50, 32, {"scores": "wide"}),
     "other scale": (1, 2, 1, 33, 50, 32, {"scale": 0.3}),
+    "negative scale": (1, 2, 1, 33, 50, 32, {"scale": -0.5, "causal": True}),
     "causal": (2, 2, 2, 65, 65, 32, {"causal": True}),
     "causal, fewer queries": (2, 2, 1, 40, 70, 32, {"causal": True}),
     "causal, more queries": (2, 2, 1, 70, 40, 32, {"causal": True}),          # the first 30 see nothing
@@ -179,7 +180,10 @@ def test_arguments_fit_the_real_signature(monkeypatch):
     assert flash.flash_attention(q, k, k, mask, 0.25, 0.5).shape == q.shape
     flash.flash_attention(k, k, k, AttentionMask(key_lengths=torch.tensor([4, 9])), 0., 1.)
     flash.flash_attention(torch.zeros(2, 4, 12, 16).half(), k, k, AttentionMask(window=(2, 10)), 0., 1.)
-    dense, padded, window = seen
+    one = torch.ones(2, 4, 1, 16).half()
+    flash.flash_attention(one, k, k, AttentionMask(key_lengths=torch.tensor([4, 9])), 0., -0.5)
+    flash.flash_attention(one, k, k, AttentionMask(alibi=torch.rand(4, 2).T), 0., 0.)
+    dense, padded, window, decoding, unscaled = seen
     assert dense["q"].shape == (2, 7, 4, 16) and dense["k"].shape == dense["v"].shape == (2, 9, 2, 16)
     assert (dense["dropout_p"], dense["softmax_scale"]) == (0.25, 0.5)
     assert (dense["causal"], dense["window_size"]) == (True, (3, 1))
@@ -188,6 +192,9 @@ def test_arguments_fit_the_real_signature(monkeypatch):
     assert padded["cu_seqlens_k"].dtype == padded["cu_seqlens_q"].dtype == torch.int32
     assert (padded["max_seqlen_q"], padded["max_seqlen_k"]) == (9, 9)
     assert window["window_size"] == (2, 10) and window["max_seqlen_k"] == 12      # no side of it counts as open
+    # the CUDA kernels want a positive scale, dense slopes, and for max_seqlen_q = 1 a query in each sequence
+    assert (decoding["max_seqlen_q"], decoding["softmax_scale"]) == (2, 0.5) and (decoding["q"] == -1).all()
+    assert unscaled["softmax_scale"] > 0 and not unscaled["q"].any() and unscaled["alibi_slopes"].stride(-1) == 1
 
 
 def test_it_can_be_loaded_and_says_what_it_refuses():

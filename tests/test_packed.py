@@ -153,6 +153,32 @@ def test_the_longest_may_be_told_but_not_too_short():
             attention_varlen(x, x, x, cu, cu, **{f"max_seqlen_{side}": 2})
 
 
+class OnGPU(torch.Tensor):
+    "Bounds that claim to lie on a GPU, and count how often somebody looks into them"
+    looks = 0
+
+    @property
+    def device(self): return torch.device("cuda")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        looks = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__bool__)
+        cls.looks += function in looks
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_gpu_is_not_waited_for_where_the_longest_is_told(listed):
+    calls = []
+    listed.insert(0, doors.Backend("fast", "", never, packed=lambda *args: calls.append(args[5:7])))
+    x, (cu, wrong) = torch.randn(5, 2, 4), (bounds(n).as_subclass(OnGPU) for n in ([3, 2], [3, 3]))
+    attention_varlen(x, x, x, cu, wrong, max_seqlen_q=3, max_seqlen_k=4)
+    assert calls == [(3, 4)] and OnGPU.looks == 0
+    attention_varlen(x, x, x, cu, cu)
+    assert calls[1] == (3, 3) and OnGPU.looks == 2          # once a side
+    with pytest.raises(ValueError, match="cu_seqlens_k ends at 6, but there are 5 tokens"):
+        attention_varlen(x, x, x, cu, wrong)
+
+
 def test_the_mask_does_not_pile_up_what_was_written_out():
     mask = AttentionMask(window=(2, 2), alibi=torch.rand(2))
     x, cu = torch.randn(21, 2, 4), bounds([1, 2, 3, 4, 5, 6])
@@ -180,10 +206,15 @@ def test_pack_has_gradients():
     assert torch.autograd.gradcheck(lambda x: unpack(*pack(x, torch.tensor([2, 0, 4]))), x)
 
 
-@pytest.mark.parametrize("lengths", [[2, 5], [-1, 2], [2], [[1], [2]]])
+@pytest.mark.parametrize("lengths", [[2, 5], [-1, 2], [2], [[1], [2]], [1.5, 2.]])
 def test_pack_refuses_lengths_that_do_not_fit(lengths):
     with pytest.raises(ValueError, match=r"lengths .* do not fit x \(2, 1, 4, 3\)"):
         pack(torch.zeros(2, 1, 4, 3), torch.tensor(lengths))
+
+
+def test_unpack_refuses_bounds_that_do_not_end_at_the_total():
+    with pytest.raises(ValueError, match="cu_seqlens ends at 4, x has 5 tokens"):
+        unpack(torch.zeros(5, 1, 3), bounds([3, 1]))
 
 
 def test_equal_to_padded_with_key_lengths():

@@ -83,7 +83,7 @@ def cannot(q, k, v, mask, dropout) -> str: # why flash-attn cannot serve these t
     return "" if mask is None else _cannot_mask(mask)
 
 
-SMALL = {(8, 6), (8, 9), (12, 0), (12, 1)}          # less than 144 kB of shared memory for a block
+SMALL = {(8, 6), (8, 9), (12, 0), (12, 1)}          # less than 144 KiB of shared memory for a block
 
 
 def _cannot_mask(mask):
@@ -102,14 +102,15 @@ def slow(q, k, v, mask, dropout) -> str: # why another backend is better for the
 # %% ../../nbs/1_attention/09_flash_attn.ipynb #f8baf722
 def _options(q, mask, dropout, scale, sequences): # our arguments by the names they have in flash-attn
     alibi = mask.alibi
-    if alibi is not None: alibi = alibi.to(q.device, torch.float32).expand(sequences, -1)    # s h
+    if alibi is not None: alibi = alibi.to(q.device, torch.float32).contiguous().expand(sequences, -1)    # s h
     return dict(dropout_p=dropout, softmax_scale=scale, causal=mask.causal, window_size=mask.window or (-1, -1),
                 alibi_slopes=alibi, deterministic=torch.are_deterministic_algorithms_enabled())
 
 # %% ../../nbs/1_attention/09_flash_attn.ipynb #6970d80c
 def _call(function, q, k, v, *args, **options): # one of the package's functions
     package, _ = _package()
-    triton = _triton_backend()
+    triton, scale = _triton_backend(), options["softmax_scale"]
+    if scale <= 0: q, options["softmax_scale"] = (-q, -scale) if scale else (q * 0, 1.)
     if triton: q, k, v = (x.contiguous() for x in (q, k, v))        # it takes the strides of k for those of dk ...
     out = getattr(package, function)(q, k, v, *args, **options)
     if triton and out.requires_grad: out.register_hook(Tensor.contiguous)    # ... and those of out for those of dout
@@ -119,7 +120,7 @@ def _call(function, q, k, v, *args, **options): # one of the package's functions
 def _nothing(q, k, v): # zeros that still have gradients, which are zeros
     return torch.zeros_like(q) + q[:0].sum() + k[:0].sum() + v[:0].sum()
 
-# %% ../../nbs/1_attention/09_flash_attn.ipynb #830520a0
+# %% ../../nbs/1_attention/09_flash_attn.ipynb #3ec7a334
 def flash_attention_varlen(
     q:Tensor, # queries of all sequences, end to end: (total_q, heads, head_dim), fp16 or bf16
     k:Tensor, # keys likewise, (total_k, kv_heads, head_dim), kv_heads divides heads
@@ -136,6 +137,7 @@ def flash_attention_varlen(
     if not (max_q and max_k and q.numel() and k.numel()): return _nothing(q, k, v)
     mask = mask or AttentionMask()
     if mask.window: max_k = max(max_k, max_q)       # a side as wide as max_k counts as open: here it then is
+    if max_q == 1 and len(q) < len(cu_q) - 1: max_q = 2     # with 1, each sequence would have to have its query
     options = _options(q, mask, dropout, scale, len(cu_q) - 1)
     return _call("flash_attn_varlen_func", q, k, v, cu_q, cu_k, max_q, max_k, **options)
 

@@ -7,6 +7,7 @@ __all__ = ['pack', 'unpack', 'attention_varlen']
 
 # %% ../../nbs/1_attention/10_packed.ipynb #9ff0e1f1
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,14 @@ def pack(
     x:Tensor, # padded, (batch, heads, length, head_dim)
     lengths:Tensor, # (batch,) whole numbers: how many places of each row are real
 ) -> tuple[Tensor, Tensor]: # packed (total, heads, head_dim), and cu_seqlens (batch + 1,) int32
-    """What is real of a padded batch, end to end, and where each sequence begins.
+    """What is real of a padded batch, end to end, and where each sequence begins. A GPU is waited for.
 
     Raises ValueError where lengths do not fit"""
     lengths = torch.as_tensor(lengths, device=x.device)
-    if lengths.shape != x.shape[:1] or ((lengths < 0) | (lengths > x.shape[2])).any():
-        raise ValueError(f"lengths {lengths.tolist()} do not fit x {tuple(x.shape)}: give one of 0 … {x.shape[2]} "
-                         f"for each of {len(x)} rows")
+    if (lengths.shape != x.shape[:1] or lengths.is_floating_point()
+            or ((lengths < 0) | (lengths > x.shape[2])).any()):
+        raise ValueError(f"lengths {lengths.tolist()} do not fit x {tuple(x.shape)}: give a whole number 0 … "
+                         f"{x.shape[2]} for each of {len(x)} rows")
     real = torch.arange(x.shape[2], device=x.device) < lengths[:, None]                  # b l
     return x.transpose(1, 2)[real], F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
@@ -37,7 +39,8 @@ def unpack(
     x:Tensor, # packed, (total, heads, head_dim)
     cu_seqlens:Tensor, # (sequences + 1,), as `pack` gives them
 ) -> Tensor: # padded with zeros to the longest, (sequences, heads, longest, head_dim)
-    "The way back from `pack`"
+    "The way back from `pack`. A GPU is waited for. Raises ValueError where cu_seqlens does not end at the total"
+    if cu_seqlens[-1] != len(x): raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, x has {len(x)} tokens")
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if len(lengths) else 0
     real = torch.arange(longest, device=x.device) < lengths.to(x.device)[:, None]        # s l
@@ -68,15 +71,15 @@ def _check_bounds(side, bounds, total, told): # side "q" or "k"; told: the longe
                          "and the total")
     if bounds.is_floating_point() or bounds.dtype == torch.bool:
         raise ValueError(f"{name} is {bounds.dtype}: give whole numbers, int32 as flash-attn wants them")
-    if bounds.device.type != "cpu" and told is not None: return told  # looking would make a GPU wait
-    lengths = bounds.diff().tolist()
+    if told is not None and bounds.device.type != "cpu": return told  # looking would make a GPU wait
+    bounds = bounds.tolist()
+    lengths = [end - begin for begin, end in pairwise(bounds)]
     most = max(lengths, default=0)
-    if bounds.device.type != "cpu": return most
-    if bounds[0] != 0: raise ValueError(f"{name} begins with {int(bounds[0])}: the first sequence begins at 0")
+    if bounds[0] != 0: raise ValueError(f"{name} begins with {bounds[0]}: the first sequence begins at 0")
     for n, length in enumerate(lengths):
-        if length < 0: raise ValueError(f"{name} falls from {int(bounds[n])} to {int(bounds[n + 1])} at place {n + 1}: "
-                                        "it must rise")
-    if bounds[-1] != total: raise ValueError(f"{name} ends at {int(bounds[-1])}, but there are {total} tokens")
+        if length < 0: raise ValueError(f"{name} falls from {bounds[n]} to {bounds[n + 1]} at place {n + 1}: "
+                                        "it must not fall")
+    if bounds[-1] != total: raise ValueError(f"{name} ends at {bounds[-1]}, but there are {total} tokens")
     if told is not None and told < most:
         raise ValueError(f"max_seqlen_{side} is {told}, but sequence {lengths.index(most)} has {most} tokens")
     return most
@@ -117,13 +120,14 @@ def attention_varlen(
     mask:AttentionMask|None=None, # rules within each sequence, no key_lengths; alibi (heads,) or (sequences, heads)
     dropout:float=0.0, # probability that a weight is dropped; give 0 outside training
     scale:float|None=None, # factor on the scores, 1/√head_dim if None
-    backend:str="auto", # a name from `backends()`, or "auto"
-    max_seqlen_q:int|None=None, # length of the longest, if you know it: finding out makes a GPU wait
-    max_seqlen_k:int|None=None,
+    backend:str="auto", # a name from `backends()`, or "auto": a packed kernel, else what `explain` tells of each alone
+    max_seqlen_q:int|None=None, # the most queries of a sequence, or more, if you know it: to find out, a GPU must wait
+    max_seqlen_k:int|None=None, # the same for keys
 ) -> Tensor: # (total_q, heads, head_dim)
     """`attention` within each of many sequences, packed without padding, in the layout of `flash_attn_varlen_func`.
 
     Causal is aligned at the end of each sequence. Backends without a packed kernel take the sequences one by one.
+    cu_seqlens on a GPU are not checked where max_seqlen is given; wrong ones then read past their ends.
     Raises ValueError or TypeError where shapes, dtypes, devices, cu_seqlens, mask or backend do not fit"""
     told = max_seqlen_q, max_seqlen_k
     scale, longest = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, told, mask, dropout, scale)
