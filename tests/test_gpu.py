@@ -12,11 +12,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CASES = {
     "one number": (1, 1, 1, 1, 1, 8, {}),
     "one query": (2, 8, 2, 1, 300, 64, {"causal": True}),
+    "one query, key_lengths": (3, 8, 2, 1, 170, 64, {"lengths": [170, 0, 33]}),
     "heads": (2, 4, 4, 128, 128, 64, {}),
     "grouped heads": (2, 8, 2, 113, 203, 64, {}),
     "head_dim 20": (1, 2, 1, 130, 141, 20, {}),
     "head_dim 128": (1, 4, 2, 256, 256, 128, {"causal": True}),
     "head_dim 256": (1, 2, 1, 100, 135, 256, {"causal": True}),
+    "negative scale": (1, 2, 1, 133, 150, 64, {"scale": -0.5, "causal": True}),
+    "scale 0": (1, 2, 1, 133, 150, 64, {"scale": 0., "causal": True}),
     "sharp": (1, 2, 1, 133, 250, 64, {"scores": "wide"}),
     "causal": (2, 2, 2, 257, 257, 64, {"causal": True}),
     "causal, fewer queries": (2, 2, 1, 40, 270, 32, {"causal": True}),
@@ -57,10 +60,11 @@ def test_exact(case, dtype, backend):
 
 @each_backend
 @each_dtype
+@pytest.mark.parametrize("lengths", [[(5, 9), (130, 4), (0, 3), (17, 0), (0, 0), (140, 133), (1, 300)],
+                                     [(1, 9), (0, 4), (1, 30)]], ids=["many queries", "at most one"])
 @pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (7, 2)}, {"window": (4, -1)},
                                    {"alibi": "per sentence", "causal": True}], ids=str)
-def test_packed(rules, dtype, backend):
-    lengths = [(5, 9), (130, 4), (0, 3), (17, 0), (0, 0), (140, 133), (1, 300)]
+def test_packed(rules, lengths, dtype, backend):
     sizes = zip(SIZES, (len(lengths), 4, 2, *map(sum, zip(*lengths)), 64))
     problem = Packed(PLAIN | dict(sizes) | rules | {"each": lengths, "dtype": dtype})
     can(backend, *(x.cuda() for x in problem.inputs), mask=problem.mask)

@@ -51,6 +51,7 @@ def _sdpa(q, k, v, mask, dropout, scale):
     native = mask is not None and _is_native(q, k, mask)
     bias, hidden = (None, None) if mask is None or native else mask.additive(q_len, k_len, q.device, q.dtype)
     if bias is not None: bias = bias.expand(-1, -1, q_len, -1)      # not every kernel broadcasts over queries
+    if scale <= 0: q, scale = (-q, -scale) if scale else (q * 0, 1.)  # some kernels scale after they take the maximum
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=native, scale=scale,
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out if hidden is None else out.masked_fill(hidden, 0)
