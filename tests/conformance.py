@@ -94,7 +94,9 @@ def expected(q, k, v, direction, see, bias, scale, dtype, exact_scores=False):
     fine = min(u, 2**-24)                           # inside, numbers are kept in float32 at least
     def rounded(x): return u * x.abs() + tiny
     def length(x): return x.norm(dim=-1, keepdim=True)
-    def shared(e): return e.square().unflatten(1, (kv_heads, group)).sum(2).sqrt()  # heads of a group meet in one sum
+    def shared(x, off):                             # the heads of a group meet in one sum, rounded before and after
+        off, total = (y.unflatten(1, (kv_heads, group)) for y in (joined(off, rounded(x)), x))
+        return joined(off.norm(dim=2), rounded(total.sum(2)) if group > 1 else 0)
     # A sum of n terms also rounds its partial sums. They wander off by √n and drift towards the total: the root of
     # the sum of their squares is √(n/2) times that of the terms, and √(n/3) times the total.
     def wander(n): return fine * (n / 2) ** 0.5
@@ -137,8 +139,7 @@ def expected(q, k, v, direction, see, bias, scale, dtype, exact_scores=False):
     return [off_out,
             joined(meeting(joined(off_ds, wander(n_keys) * ds), k) * scale, off_delta * (most @ k) * scale,
                    drift(n_keys, dq), rounded(dq)),
-            shared(joined(off_dk, drift(n_queries.mT, dk), rounded(dk))),
-            shared(joined(off_dv, drift(n_queries.mT, dv), rounded(dv)))]
+            shared(dk, joined(off_dk, drift(n_queries.mT, dk))), shared(dv, joined(off_dv, drift(n_queries.mT, dv)))]
 
 
 def worst(x): return x.abs().max().item() if x.numel() else 0.
