@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flash_transformer.attention import backends
 from flash_transformer.attention.benchmark import (
     Setting,
     copy_ceiling,
@@ -241,9 +242,10 @@ def options():
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--heads", type=int, help="4 on a CPU; on a GPU as many as make 2048 numbers, as in the papers")
     parser.add_argument("--batch", type=int, help="1 on a CPU; on a GPU as many sequences as make 16,384 tokens")
-    parser.add_argument("--dtype", nargs="+", help="float32 and bfloat16 on a CPU, float16 and bfloat16 on a GPU")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"],
+                        help="float32 and bfloat16 on a CPU, float16 and bfloat16 on a GPU")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--backends", nargs="+", help="only these")
+    parser.add_argument("--backends", nargs="+", choices=[b.name for b in backends()], help="only these")
     parser.add_argument("--budget", type=float, default=30, help="seconds that one backend may take at one point")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads, PyTorch's choice if not given")
@@ -252,6 +254,7 @@ def options():
     o = parser.parse_args()
     gpu = o.device == "cuda"
     if gpu and not torch.cuda.is_available(): parser.error("PyTorch sees no CUDA device: leave --device away")
+    if (o.markdown or o.draw) and not (o.out or OUT).exists(): parser.error(f"nothing measured yet in {o.out or OUT}")
     o.lengths = sorted(o.lengths or (QUICK if o.quick else LENGTHS))
     o.dtype = o.dtype or (["float16", *["bfloat16"] * torch.cuda.is_bf16_supported(including_emulation=False)] if gpu
                           else ["float32", "bfloat16"])
@@ -287,7 +290,8 @@ def main():
     def save():
         if o.out: o.out.write_text(json.dumps(result, indent=1) + "\n")
     torch.manual_seed(0)
-    result |= {"machine": machine(o.device), "ceilings": ceilings(o.dtype, o.device, o.quick)}
+    if not (o.figures and result):                                  # else those under which the points were measured
+        result |= {"machine": machine(o.device), "ceilings": ceilings(o.dtype, o.device, o.quick)}
     print(json.dumps({k: result[k] for k in ("machine", "ceilings")}))
     print("backends:", ", ".join(o.backends or usable(o.device)))
     if not o.figures: grid(o, result, save)

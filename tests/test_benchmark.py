@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,13 +63,23 @@ def test_turns():
     assert in_turns({}, {}) == {}
 
 
-def test_seconds_repeats_short_calls():
-    calls = []
-    taken = seconds(lambda: calls.append(1), least=0.002)
-    assert len(calls) > 1 and taken * len(calls) >= 0.002
-    calls.clear()
-    seconds(lambda: calls.append(1), least=0)
-    assert len(calls) == 1
+def test_seconds_repeats_short_calls(monkeypatch):
+    calls, clock = [], iter([0, 3, 10, 22])                         # 3 seconds once, then 12 for as many as it takes
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert seconds(lambda: calls.append(1), least=11) == 3 and len(calls) == 1 + 4
+    clock = iter([0, 3])
+    assert seconds(lambda: calls.append(1), least=3) == 3 and len(calls) == 6      # long enough: once
+
+
+def test_a_gpu_is_waited_for(monkeypatch):
+    "Before each look at the clock, and not after each of many calls"
+    said = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+    ticks = iter([0, 0.004, 1, 1.012])
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: said.append("look") or next(ticks)))
+    assert seconds(lambda: said.append("job"), "cuda", least=0.01) == pytest.approx(0.004)
+    one = ["wait", "look", "job", "wait", "look"]
+    assert said == one + one[:2] + ["job"] * 3 + one[3:]
 
 
 @linux
@@ -100,6 +111,14 @@ def test_rounds_follow_the_budget(one, budget, rounds, monkeypatch):
     monkeypatch.setattr(benchmark, "peak_memory", lambda setting, name: {"bytes": 7, "seconds": one})
     found = measure(Setting(16, 8), ["naive"], budget)["naive"]
     assert found.rounds == rounds and found.peak == 7 and found.seconds > 0 and found.rate > 0
+
+
+def test_a_shape_that_is_foreseen_takes_no_memory():
+    "It is asked about before it is known to fit"
+    assert benchmark._foreseen(Setting(10 ** 12), "naive", None, 1) == ""
+    assert "backward" in benchmark._foreseen(Setting(10 ** 12), "flex", None, 1)
+    assert benchmark._foreseen(Setting(10 ** 12, backward=False), "flex", None, 1) == ""
+    with pytest.raises(ValueError, match="did you mean 'sdpa'"): measure(Setting(8), ["spda"])
 
 
 @linux
