@@ -187,11 +187,10 @@ def draw_lines(result, path):
         ceiling = result["ceilings"]["flops_per_second"][dtype] / scale
         row[1].axhline(ceiling, color="0.3", ls=":", label="matrix products")
         for ax, title in zip(row, ("milliseconds", rates, "peak memory, MB above the inputs")):
-            ax.set(xscale="log", title=f"{dtype}: {title}", xlabel="N")
+            ax.set(xscale="log", yscale="log", title=f"{dtype}: {title}", xlabel="N")
             ax.set_xticks(sorted({p["length"] for p in points}), sorted({p["length"] for p in points}), rotation=45)
             ax.minorticks_off()
             ax.grid(alpha=.4)
-        row[0].set_yscale("log"), row[2].set_yscale("log"), row[1].set_ylim(bottom=0)
     fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     fig.suptitle("Attention, forward and backward, head_dim 64")
     fig.savefig(path, dpi=80)
@@ -205,11 +204,11 @@ def draw_roofline(result, path):
     dtypes = list(dict.fromkeys(p["dtype"] for p in points))
     fig, axes = plt.subplots(1, len(dtypes), figsize=(6.5 * len(dtypes), 5.4), layout="constrained", squeeze=False)
     for ax, dtype in zip(axes[0], dtypes):
-        x = np.geomspace(0.1, 2e4, 300)
+        x = np.geomspace(1, 2e4, 300)
         copy, roof = c["copy_bytes_per_second"], c["flops_per_second"][dtype]
         ax.plot(x, np.minimum(x * copy, roof) / scale, color="0.2", lw=2)
         ax.text(x[-1], 1.1 * roof / scale, f"matrix products {roof / scale:,.0f} {rates}", ha="right")
-        ax.text(1, 1.6 * copy / scale, f"copying {copy / 1e9:,.0f} GB/s ", ha="right")
+        ax.text(4, 2 * copy / scale, f"copying {copy / 1e9:,.0f} GB/s")
         matrices = 4 * getattr(torch, dtype).itemsize          # bytes a score: it and its weight are written and read
         ax.axhline(min(4 * 64 / matrices * copy, roof) / scale, color=COLOURS["naive"], ls=":",
                    label="roof of naive, forward, without caches")
@@ -221,7 +220,7 @@ def draw_roofline(result, path):
                     "o-" if backward else "^--", ms=4, lw=1, color=COLOURS.get(name),
                     label=f"{name}, forward{' and backward' if backward else ''}")
         ax.set(xscale="log", yscale="log", title=dtype, xlabel="FLOPs for each byte of inputs and outputs",
-               ylabel=rates)
+               ylabel=rates, ylim=(None, 2 * roof / scale))
         ax.grid(alpha=.4)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     fig.suptitle("Roofline, head_dim 64, not causal, N from left to right")

@@ -268,8 +268,8 @@ def _parser() -> ArgumentParser:
             sub.add_argument("--device", type=str, default="cpu", help="where to translate: cpu, cuda, mps")
         if function is benchmark:
             sub.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="queries, as many keys")
-            sub.add_argument("--head_dim", type=int, default=64)
-            sub.add_argument("--heads", type=int, default=4)
+            sub.add_argument("--head_dim", type=int, default=64, help="numbers in a query of one head")
+            sub.add_argument("--heads", type=int, default=4, help="of one sequence")
             sub.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16, float16")
             sub.add_argument("--causal", action="store_true", help="each query sees the keys up to its own place")
             sub.add_argument("--device", type=str, default="cpu", help="cpu or cuda")

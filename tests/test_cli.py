@@ -108,7 +108,7 @@ def test_a_process_says_one_line(finished):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in (
-    "preprocess", "train", "evaluate", "translate", "plot", "backends", "benchmark"))], ids=lambda arguments: arguments[0])
+    "preprocess", "train", "evaluate", "translate", "plot", "backends", "benchmark"))], ids=lambda args: args[0])
 def test_help(command, arguments):
     status, out, error = command(*arguments)
     assert (status, error) == (0, []) and "usage: flash-transformer" in out
