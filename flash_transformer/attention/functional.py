@@ -24,6 +24,7 @@ def _weights(q, k, mask, scale): # → weights (batch, heads, q_len, k_len), and
     (b, heads, q_len, d), (kv_heads, k_len) = q.shape, k.shape[1:3]
     rows = heads // kv_heads * q_len                                # the queries that meet one key head
     exact = torch.promote_types(q.dtype, torch.float32)             # float32, or float64 if q is
+    if scale == 0: q, scale = q * 0, 1.                             # with alpha=0 baddbmm may write nothing at all
     bias, hidden = (None, None) if mask is None else mask.additive(q_len, k_len, q.device, exact)
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q.reshape(b * kv_heads, rows, d),      # beta=0: scale · q @ kᵀ,
                            k.reshape(b * kv_heads, k_len, d).mT, beta=0, alpha=scale)   # nothing added
