@@ -1,6 +1,7 @@
 "Our Triton kernels: interpreted, outputs and gradients against float64; and what the compiler makes of them"
 import itertools
 import math
+import os
 import subprocess
 import sys
 
@@ -97,7 +98,8 @@ def test_strides():
     g = torch.ones((), dtype=torch.half).expand(2, 2, 40, 32)
     cut = slice(1, 18)
     for qkvg in ((q, k, v, g), (q.mT, k.mT, v.mT, g.mT), (q, k[:, :1].expand_as(k), v[:1].expand_as(v), g),
-                 (q[..., cut], k[..., cut], v[..., cut], g[..., cut])):
+                 (q[..., cut], k[..., cut], v[..., cut], g[..., cut]),
+                 [torch.randn(1, 2, 23).half().unfold(2, 16, 1) for _ in range(4)]):           # rows that overlap
         same = run(call(AttentionMask(causal=True)), *(x.contiguous() for x in qkvg))
         assert all(map(torch.equal, run(call(AttentionMask(causal=True)), *qkvg), same))
 
@@ -120,6 +122,29 @@ def test_rounding_to_bf16():
     out = torch.zeros(1024, dtype=torch.bfloat16)
     narrow[(1,)](x, out, BLOCK=1024)
     assert torch.equal(out.nan_to_num(7), x.bfloat16().nan_to_num(7))
+
+
+def test_second_derivatives_are_refused():
+    q, k, v, _ = tensors(1, 2, 2, 20, 20, 16)
+    out = call()(q.requires_grad_(), k, v)
+    with pytest.raises(RuntimeError, match="backend='naive'"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_default_dtype_does_not_matter():
+    "Models are often built with half precision as the default; sums stay in float32"
+    qkvg = tensors(1, 2, 1, 40, 40, 16)
+    expected = run(call(), *qkvg)
+    torch.set_default_dtype(torch.bfloat16)
+    try: assert all(map(torch.equal, run(call(), *qkvg), expected))
+    finally: torch.set_default_dtype(torch.float32)
+
+
+def test_inside_torch_compile():
+    "It is left as it is, and what surrounds it compiled"
+    def f(q, k, v): return attention(q * 1, k, v, AttentionMask(causal=True), backend="triton") + 1
+    qkvg = tensors(1, 2, 2, 20, 20, 16)
+    assert all(map(torch.equal, run(torch.compile(f, backend="eager"), *qkvg), run(f, *qkvg)))
 
 
 # packed
@@ -236,6 +261,7 @@ def test_reasons(monkeypatch):
     assert "cpu" in refused(torch.empty(1, 1, 1, 64).half())
     device((7, 5))
     assert "tensor cores" in slow(q, causal) and not refused(q) and "take float16" in refused(bf16)
+    assert "above 128" in refused(fake(2, 4, 8, 160))
     device((7, 0))
     assert "7.5 and up, and Some GPU has 7.0" in refused(q)
     device(None, cuda=False)
@@ -270,6 +296,26 @@ def test_everything_compiles():
     "The compiler is stricter than the interpreter: all rules, dropout, packed, a head size that is no power of two"
     report = backend.compile_report(head_dims=(40,), sms=(80, 90), everything=True)
     assert len(report) == 6 and all(c.count > 0 and c.sass > 0 for c in report), report
+
+
+def test_fast_memory():
+    "Where the largest head size is served some blocks fit: into 64 KiB on Turing, 99 on the least Ampere"
+    report = backend.compile_report(head_dims=(128,), sms=(75,), everything=True)
+    report += backend.compile_report(head_dims=(256,), sms=(86,), every=True, everything=True)
+    least = {(c.kernel, c.sm): c.shared for c in sorted(report, key=lambda c: -c.shared)}
+    assert len(least) == 6
+    for (kernel, sm), shared in least.items(): assert shared <= {75: 64, 86: 99}[sm] * 1024, (kernel, sm, shared)
+
+
+def test_interpreter_asked_for_too_late():
+    "Triton's own functions are compiled then, so its interpreter cannot run ours: `missing` says what to do"
+    code = """import triton, os
+os.environ['TRITON_INTERPRET'] = '1'
+from flash_transformer.attention import triton_kernels
+print(triton_kernels.missing())"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "before Python starts" in done.stdout, done.stderr
 
 
 def test_without_triton():

@@ -13,14 +13,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .masks import AttentionMask
+from .tiled import ONCE
 
 # %% ../../nbs/1_attention/08_triton.ipynb #33190cd7
 if importlib.util.find_spec("triton") and (torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ):
     import triton
     import triton.language as tl
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not isinstance(tl.sum, triton.JITFunction)
+    _uncompiled = torch.compiler.disable        # torch.compile cannot look into kernels that are given tuples
 else:                                           # the file can be read, and `missing` says why nothing can be run
     class triton:
         Config, jit, autotune = dict, lambda f=None, **_: f or (lambda f: f), lambda *_, **__: lambda f: f
@@ -28,7 +30,9 @@ else:                                           # the file can be read, and `mis
     class tl:
         constexpr = staticmethod(lambda x=None: x)
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1") # asked once: `triton.jit` does so too
+    interpreted, _uncompiled = False, lambda f: f
+
+INTERPRETED = tl.constexpr(interpreted) # only if Triton's own functions are, too: it was said before they were loaded
 helper = (lambda f: f) if INTERPRETED else triton.jit # the interpreter takes milliseconds to enter a jitted function
 LOG2E = tl.constexpr(1.4426950408889634) # exp(x) = exp2(x · LOG2E), and a GPU has an instruction for exp2
 
@@ -61,7 +65,12 @@ class Drop(NamedTuple):
 @helper
 def _at(x, b, h, first, ROWS: tl.constexpr, PADDED: tl.constexpr): # → pointers to so many rows from this one on
     start = x.data + tl.cast(b, tl.int64) * x.batch + tl.cast(h, tl.int64) * x.head + tl.cast(first, tl.int64) * x.row
-    return start + tl.arange(0, ROWS)[:, None] * x.row + tl.arange(0, PADDED)[None, :]  # 64 bits: tensors may be large
+    return start + tl.arange(0, ROWS)[:, None] * x.row + tl.arange(0, PADDED)[None, :]
+
+
+@helper
+def _row(x, b, h, first): # → where this row is in a tensor of one number a row; 2³¹ rows would not fit on a GPU
+    return b * x.batch + h * x.head + first
 
 
 @helper
@@ -220,8 +229,7 @@ def _forward(q, k, v, out, lse, rules, drop, cu_q, cu_k, q_len, k_len, heads, gr
     o = tl.where(sees[:, None], o / l[:, None], 0.)             # only now is the output divided
     if drop is not None: o *= drop.factor
     tl.store(_at(out, b, h, q_first + i0, BLOCK_Q, PADDED), _narrow(o, q_i), there)
-    lse_at = lse.data + b * lse.batch + h * lse.head + q_first + i
-    tl.store(lse_at, tl.where(sees, m + tl.log2(l), float("inf")), i < q_len)
+    tl.store(lse.data + _row(lse, b, h, q_first) + i, tl.where(sees, m + tl.log2(l), float("inf")), i < q_len)
 
 # %% ../../nbs/1_attention/08_triton.ipynb #e9cc8a04
 @helper
@@ -256,9 +264,9 @@ def _backward_dq(q, k, v, out, d_out, dq, lse, delta, rules, drop, cu_q, cu_k, q
     q_i = tl.load(_at(q, b, h, q_first + i0, BLOCK_Q, PADDED), there, 0.)
     do_i = tl.load(_at(d_out, b, h, q_first + i0, BLOCK_Q, PADDED), there, 0.)
     o_i = tl.load(_at(out, b, h, q_first + i0, BLOCK_Q, PADDED), there, 0.)
-    row = b * lse.batch + h * lse.head + q_first + i
+    row = _row(lse, b, h, q_first) + i
     lse_i = tl.load(lse.data + row, i < q_len, float("inf"))
-    delta_i = tl.sum(_widen(do_i) * _widen(o_i), 1)   # D = rowsum(dO ∘ O)
+    delta_i = tl.sum(_widen(do_i) * _widen(o_i), 1)                 # D = rowsum(dO ∘ O)
     tl.store(delta.data + row, delta_i, i < q_len)                  # the other kernel wants it, too
 
     k_at = _at(k, b, h // group, k_first, BLOCK_K, PADDED)
@@ -281,9 +289,9 @@ def _queries_of(j0, ahead, q_len, n, rules, BLOCK_K: tl.constexpr, BLOCK: tl.con
         full = tl.cdiv(tl.maximum(0, j0 + BLOCK_K - 1 - rules.right - ahead), BLOCK) * BLOCK
     if rules.left is not None:
         hi = tl.minimum(q_len, tl.minimum(j0 + BLOCK_K, n) + rules.left - ahead)
-        full = hi                                               # with two edges no tile is taken for a whole one
+    if j0 >= n: hi = n * 0                                      # all of these keys are padding: nobody sees any
+    if rules.left is not None: full = hi                        # with two edges no tile is taken for a whole one
     if j0 + BLOCK_K > n: full = hi                              # nor where some keys are padding
-    if j0 >= n: hi = n * 0                                      # and where all are, nobody sees any
     return lo, tl.minimum(full, hi), hi
 
 # %% ../../nbs/1_attention/08_triton.ipynb #4ab8c735
@@ -326,7 +334,7 @@ def _backward_dkdv(q, k, v, d_out, dk, dv, lse, delta, rules, drop, cu_q, cu_k, 
 
     lo, full, hi = _queries_of(j0, ahead, q_len, n, rules, BLOCK_K, BLOCK_Q)
     for h in tl.range(kv_h * group, kv_h * group + group):      # the query heads that share this key head
-        slope, row = _slope(rules, b, h), b * lse.batch + h * lse.head + q_first
+        slope, row = _slope(rules, b, h), _row(lse, b, h, q_first)
         q_at, do_at = _at(q, b, h, q_first, BLOCK_Q, PADDED), _at(d_out, b, h, q_first, BLOCK_Q, PADDED)
         start, end = lo, full
         for whole in tl.static_range(2):                        # here the partial tiles come first
@@ -347,17 +355,28 @@ def _row_numbers(q): # one float32 a row, (batch, heads, q_len); steps of 16 are
     length, heads = (q.shape[2], q.shape[1]) if q.dim() == 4 else q.shape[:2]
     step = -(-length // 16) * 16
     shape = (len(q), heads, step) if q.dim() == 4 else (heads, step)
-    return Rows(torch.empty(shape, device=q.device), heads * step if q.dim() == 4 else 0, step, 1)
+    return Rows(torch.empty(shape, dtype=torch.float32, device=q.device), heads * step if q.dim() == 4 else 0, step, 1)
 
 
-def _side_by_side(x): return x if x.stride(-1) == 1 else x.contiguous()
+def _side_by_side(x): # and 128 rows no further apart than 32 bits can say
+    return x if x.stride(-1) == 1 and _rows(x).row <= 2**24 else x.contiguous()
+
+
+def _room_for(x): return _side_by_side(torch.empty_like(x)) # with the strides of x where they leave no gaps
+
+
+def _bucket(q, rules, drop, q_len, k_len): # the autotuner measures anew for each of these numbers
+    number, capability = 0, torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    for part in (q_len.bit_length(), k_len.bit_length(), rules.right is None, drop is None, *capability):
+        number = number * 32 + part
+    return number
 
 
 def _common(q, k, rules, drop, cu_q, cu_k, q_len, k_len, scale): # what all three kernels want to know
-    bucket = (q_len.bit_length() * 64 + k_len.bit_length()) * 2 + (rules.right is None)   # tuned anew for each
     padded = max(16, 1 << (q.shape[-1] - 1).bit_length())
     return dict(rules=rules, drop=drop, cu_q=cu_q, cu_k=cu_k, q_len=q_len, k_len=k_len, heads=q.shape[1],
-                group=q.shape[1] // k.shape[1], scale=scale, bucket=bucket, D=q.shape[-1], PADDED=padded)
+                group=q.shape[1] // k.shape[1], scale=scale, bucket=_bucket(q, rules, drop, q_len, k_len),
+                D=q.shape[-1], PADDED=padded)
 
 
 def _launch(kernel, block, length, count, *tensors, **common): # one program for each block of each sequence and head
@@ -370,7 +389,7 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, rules, drop, cu_q, cu_k, q_len, k_len, scale):
         q, k, v = map(_side_by_side, (q, k, v))
-        out, lse = torch.empty_like(q), _row_numbers(q)
+        out, lse = _room_for(q), _row_numbers(q)
         ctx.batch = len(q) if cu_q is None else len(cu_q) - 1
         ctx.common = _common(q, k, rules, drop, cu_q, cu_k, q_len, k_len, scale)
         _launch(_forward, "BLOCK_Q", q_len, ctx.batch * q.shape[1], *map(_rows, (q, k, v, out)), lse, **ctx.common)
@@ -378,10 +397,10 @@ class _TritonAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
+        if torch.is_grad_enabled(): raise RuntimeError(ONCE)        # asked with create_graph=True
         q, k, v, out, lse = ctx.saved_tensors
-        do, dq, dk, dv, delta = _side_by_side(do), *map(torch.empty_like, (q, k, v)), _row_numbers(q)
+        do, dq, dk, dv, delta = _side_by_side(do), *map(_room_for, (q, k, v)), _row_numbers(q)
         q_len, k_len, lse = ctx.common["q_len"], ctx.common["k_len"], delta._replace(data=lse)
         _launch(_backward_dq, "BLOCK_Q", q_len, ctx.batch * q.shape[1], *map(_rows, (q, k, v, out, do, dq)), lse, delta,
                 **ctx.common)
@@ -403,6 +422,7 @@ def _drop(p): # a seed that torch.manual_seed governs; odd and above 2³², so t
     return Drop(p, 1 / (1 - p), int(torch.randint(2**32, 2**61, ())) * 2 + 1) if p else None
 
 
+@_uncompiled
 def triton_attention(
     q:Tensor, # queries, (batch, heads, q_len, head_dim), fp16 or bf16
     k:Tensor, # keys, (batch, kv_heads, k_len, head_dim), kv_heads divides heads
@@ -411,14 +431,16 @@ def triton_attention(
     dropout:float, # probability that a weight is dropped
     scale:float, # factor on the scores
 ) -> Tensor: # (batch, heads, q_len, head_dim)
-    """FlashAttention-2 (Dao 2023, algorithms 1 and 2) in Triton; for arguments that were checked. Gradients once.
+    """FlashAttention-2 (Dao 2023, algorithms 1 and 2) in Triton; for arguments that were checked.
 
+    Raises RuntimeError in the backward pass if second derivatives are asked for.
     A NaN or Inf in a value reaches those who see it, and others who have it in a partial tile: 0 · NaN is NaN"""
     (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
     rules = _rules(mask, batch, heads, q_len, k_len, q.device)
     return _TritonAttention.apply(q, k, v, rules, _drop(dropout), None, None, q_len, k_len, scale)
 
 
+@_uncompiled
 def triton_attention_varlen(
     q:Tensor, # queries of all sequences, one after the other, (total_q, heads, head_dim)
     k:Tensor, # keys, (total_k, kv_heads, head_dim)
@@ -433,6 +455,7 @@ def triton_attention_varlen(
 ) -> Tensor: # (total_q, heads, head_dim)
     "The same kernels on packed sequences: what `triton_attention` gives for each alone"
     rules = _rules(mask, len(cu_q) - 1, q.shape[1], max_q, max_k, q.device)
+    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     return _TritonAttention.apply(q, k, v, rules, _drop(dropout), cu_q, cu_k, max_q, max_k, scale)
 
 # %% ../../nbs/1_attention/08_triton.ipynb #65035459
@@ -556,6 +579,8 @@ def cannot(q, k, v, mask, dropout) -> str:
     if capability < (7, 5): return f"Triton compiles for compute capability 7.5 and up, and {device}"
     if q.dtype == torch.bfloat16 and capability < (8, 0):
         return f"bfloat16 needs compute capability 8.0, and {device}: take float16"
+    if q.shape[-1] > 128 and capability < (8, 0):
+        return f"head sizes above 128 need the fast memory of compute capability 8.0, and {device}"
     return ""
 
 
