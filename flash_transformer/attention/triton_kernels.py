@@ -22,7 +22,6 @@ if importlib.util.find_spec("triton") and (torch.cuda.is_available() or "TRITON_
     import triton
     import triton.language as tl
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not isinstance(tl.sum, triton.JITFunction)
-    _uncompiled = torch.compiler.disable        # torch.compile cannot look into kernels that are given tuples
 else:                                           # the file can be read, and `missing` says why nothing can be run
     class triton:
         Config, jit, autotune = dict, lambda f=None, **_: f or (lambda f: f), lambda *_, **__: lambda f: f
@@ -30,7 +29,7 @@ else:                                           # the file can be read, and `mis
     class tl:
         constexpr = staticmethod(lambda x=None: x)
 
-    interpreted, _uncompiled = False, lambda f: f
+    interpreted = False
 
 INTERPRETED = tl.constexpr(interpreted) # only if Triton's own functions are, too: it was said before they were loaded
 helper = (lambda f: f) if INTERPRETED else triton.jit # the interpreter takes milliseconds to enter a jitted function
@@ -422,7 +421,7 @@ def _drop(p): # a seed that torch.manual_seed governs; odd and above 2³², so t
     return Drop(p, 1 / (1 - p), int(torch.randint(2**32, 2**61, ())) * 2 + 1) if p else None
 
 
-@_uncompiled
+@torch._disable_dynamo # torch.compile cannot look into kernels that are given tuples
 def triton_attention(
     q:Tensor, # queries, (batch, heads, q_len, head_dim), fp16 or bf16
     k:Tensor, # keys, (batch, kv_heads, k_len, head_dim), kv_heads divides heads
@@ -440,7 +439,7 @@ def triton_attention(
     return _TritonAttention.apply(q, k, v, rules, _drop(dropout), None, None, q_len, k_len, scale)
 
 
-@_uncompiled
+@torch._disable_dynamo # torch.compile cannot look into kernels that are given tuples
 def triton_attention_varlen(
     q:Tensor, # queries of all sequences, one after the other, (total_q, heads, head_dim)
     k:Tensor, # keys, (total_k, kv_heads, head_dim)
