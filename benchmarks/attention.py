@@ -272,7 +272,6 @@ def grid(o, result, save):
             settings.append(Setting(n, d, causal, backward, dtype, batch, heads, o.device))
         result["points"] += map(as_point, ladder(settings, o.backends, o.budget, o.rounds, say))
         save()
-    result["memory_exponents"] = fit(result["points"])
     again, c = ceilings(o.dtype, o.device, o.quick), result["ceilings"]     # once more: the quieter moment counts
     c["copy_bytes_per_second"] = max(c["copy_bytes_per_second"], again["copy_bytes_per_second"])
     for dtype, rate in again["flops_per_second"].items():
@@ -295,6 +294,7 @@ def main():
     print("backends:", ", ".join(o.backends or usable(o.device)))
     if not o.figures: grid(o, result, save)
     if o.device == "cpu" and not o.quick: result["figures"] = figures()
+    if "points" in result: result["memory_exponents"] = fit(result["points"])
     save()
     if o.out and "memory_exponents" in result: draw(result, o.out)
     if "points" in result: markdown(result)
