@@ -121,7 +121,7 @@ def _measure_here(setting, backend, threads, more): # in a process that has done
 
 # %% ../../nbs/1_attention/12_benchmark.ipynb #0361dcaf
 def _serve(): # answers each line of standard input in a process of its own, forked off before any work was done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is meant for whoever asks; this ends with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                   # Ctrl-C is for whoever asks; this ends with it
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             print(json.dumps(_measure_here(**json.loads(line))), flush=True)
