@@ -85,7 +85,7 @@ def test_mask_keeps_its_own_lengths():
 
 def test_explain_and_backends():
     assert set(BACKENDS) <= {b.name for b in backends() if b.available and b.reason}
-    x, long = torch.randn(2, 4, 20, 8), torch.randn(1, 4, 600, 8)
+    x, long = torch.randn(16, 4, 20, 8), torch.randn(1, 4, 600, 8)
     half, long_half = x.bfloat16().requires_grad_(), long.bfloat16().requires_grad_()
     for args, taken in (((x, x, x), "sdpa"), ((half, half, half), "naive"), ((long_half,) * 3, "sdpa"),
                         ((x, x, x, None, 0.1), "naive")):
@@ -93,6 +93,7 @@ def test_explain_and_backends():
         assert said.taken == taken and list(said.reasons) == [b.name for b in backends()]
         assert str(said).count("→") == 1 and f"→ {taken}: taken" in str(said)
     with torch.no_grad(): assert explain(half, half, half).taken == "sdpa"
+    assert explain(half[:1], half[:1], half[:1]).taken == "sdpa"  # too few to matter
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
