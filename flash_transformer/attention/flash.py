@@ -15,6 +15,7 @@ import os
 import torch
 from torch import Tensor
 
+from .functional import _positive
 from .masks import AttentionMask
 
 # %% ../../nbs/1_attention/09_flash_attn.ipynb #9f616f37
@@ -109,8 +110,8 @@ def _options(q, mask, dropout, scale, sequences): # our arguments by the names t
 # %% ../../nbs/1_attention/09_flash_attn.ipynb #6970d80c
 def _call(function, q, k, v, *args, **options): # one of the package's functions
     package, _ = _package()
-    triton, scale = _triton_backend(), options["softmax_scale"]
-    if scale <= 0: q, options["softmax_scale"] = (-q, -scale) if scale else (q * 0, 1.)
+    triton = _triton_backend()
+    q, options["softmax_scale"] = _positive(q, options["softmax_scale"])
     if triton: q, k, v = (x.contiguous() for x in (q, k, v))        # it takes the strides of k for those of dk ...
     out = getattr(package, function)(q, k, v, *args, **options)
     if triton and out.requires_grad: out.register_hook(Tensor.contiguous)    # ... and those of out for those of dout

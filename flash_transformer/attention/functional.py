@@ -20,11 +20,15 @@ from torch import Tensor
 from .masks import AttentionMask
 
 # %% ../../nbs/1_attention/03_backends.ipynb #7be9e7a9
+def _positive(q, scale): # the same scores by a scale above 0; kernels rely on it, some scale after taking the maximum
+    return (q, scale) if scale > 0 else (-q, -scale) if scale else (q * 0, 1.)
+
+
 def _weights(q, k, mask, scale): # → weights (batch, heads, q_len, k_len), and the rows to hide or None
     (b, heads, q_len, d), (kv_heads, k_len) = q.shape, k.shape[1:3]
     rows = heads // kv_heads * q_len                                # the queries that meet one key head
     exact = torch.promote_types(q.dtype, torch.float32)             # float32, or float64 if q is
-    if scale == 0: q, scale = q * 0, 1.                             # with alpha=0 baddbmm may write nothing at all
+    q, scale = _positive(q, scale)                                  # with alpha=0 baddbmm may write nothing at all
     bias, hidden = (None, None) if mask is None else mask.additive(q_len, k_len, q.device, exact)
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q.reshape(b * kv_heads, rows, d),      # beta=0: scale · q @ kᵀ,
                            k.reshape(b * kv_heads, k_len, d).mT, beta=0, alpha=scale)   # nothing added
@@ -52,7 +56,7 @@ def _sdpa(q, k, v, mask, dropout, scale):
     native = mask is not None and _is_native(q, k, mask)
     bias, hidden = (None, None) if mask is None or native else mask.additive(q_len, k_len, q.device, q.dtype)
     if bias is not None: bias = bias.expand(-1, -1, q_len, -1)      # not every kernel broadcasts over queries
-    if scale <= 0: q, scale = (-q, -scale) if scale else (q * 0, 1.)  # some kernels scale after they take the maximum
+    q, scale = _positive(q, scale)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=native, scale=scale,
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out if hidden is None else out.masked_fill(hidden, 0)
