@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..attention import AttentionMask, KeyValueCache, MultiHeadAttention
 from .blocks import DecoderBlock, EncoderBlock
@@ -67,6 +68,12 @@ class TransformerConfig:
         return cls.base(vocab_size, **big | changes)
 
 # %% ../../nbs/2_transformer/03_transformer.ipynb #53e29799
+def run_block(block, recompute, *args):
+    "`block(*args)`; with `recompute`, training keeps the arguments alone and runs the block again in the backward pass"
+    if not (recompute and block.training and torch.is_grad_enabled()): return block(*args)
+    return checkpoint(block, *args, use_reentrant=False)   # with the same dropout: it puts the random state back
+
+# %% ../../nbs/2_transformer/03_transformer.ipynb #c1163937
 class Encoder(nn.Module):
     "Embedding and a stack of encoder blocks"
     def __init__(self, config: TransformerConfig):
@@ -80,12 +87,13 @@ class Encoder(nn.Module):
     def forward(self,
         source: Tensor,             # token ids, (batch, source length), int64
         mask: AttentionMask | None, # which of them are real
+        recompute: bool = False,    # see `Transformer.recompute`
     ) -> Tensor:                    # (batch, source length, d_model)
         x = self.embedding(source)
-        for block in self.blocks: x = block(x, mask)
+        for block in self.blocks: x = run_block(block, recompute, x, mask)
         return self.norm(x)
 
-# %% ../../nbs/2_transformer/03_transformer.ipynb #c1163937
+# %% ../../nbs/2_transformer/03_transformer.ipynb #3c1a821e
 class Decoder(nn.Module):
     "Embedding and a stack of decoder blocks"
     def __init__(self, config: TransformerConfig):
@@ -101,9 +109,11 @@ class Decoder(nn.Module):
         memory: Tensor,                    # the encoder's output, (batch, source length, d_model)
         memory_mask: AttentionMask | None, # which source positions are real
         cache: list | None = None,         # of `Transformer.cache`: the words before `target`
+        recompute: bool = False,           # see `Transformer.recompute`
     ) -> Tensor:                           # (batch, target length, d_model)
         x = self.embedding(target, start=cache[0][0].length if cache else 0)
-        for i, block in enumerate(self.blocks): x = block(x, memory, memory_mask, cache[i] if cache else None)
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, recompute, x, memory, memory_mask, cache[i] if cache else None)
         return self.norm(x)
 
 # %% ../../nbs/2_transformer/03_transformer.ipynb #0830847e
@@ -114,6 +124,7 @@ class Transformer(nn.Module):
         if not (config.source_vocab_size and config.target_vocab_size):
             raise ValueError("a Transformer needs source_vocab_size and target_vocab_size in its configuration")
         self.config = config
+        self.recompute = False             # True: keep less for the backward pass, and compute it again there
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.output = nn.Linear(config.d_model, config.target_vocab_size, bias=False)
         self.reset_parameters()
@@ -132,7 +143,7 @@ class Transformer(nn.Module):
         source: Tensor,         # token ids, (batch, source length), int64, padding at the end
         source_lengths: Tensor, # number of real ids, (batch,), int64
     ) -> Tensor:                # memory, (batch, source length, d_model)
-        return self.encoder(source, AttentionMask(key_lengths=source_lengths))
+        return self.encoder(source, AttentionMask(key_lengths=source_lengths), self.recompute)
 
     def decode(self,
         target: Tensor,             # token ids, (batch, target length), int64
@@ -140,7 +151,7 @@ class Transformer(nn.Module):
         source_lengths: Tensor,     # number of real source ids, (batch,)
         cache: list | None = None,  # of `cache`; holds the words before `target`
     ) -> Tensor:                    # the decoder's vectors, (batch, target length, d_model)
-        return self.decoder(target, memory, AttentionMask(key_lengths=source_lengths), cache)
+        return self.decoder(target, memory, AttentionMask(key_lengths=source_lengths), cache, self.recompute)
 
     def forward(self,
         source: Tensor,             # token ids, (batch, source length), int64, padding at the end

@@ -1,3 +1,4 @@
 "Loss, learning rate, and the trainer."
 from .optimisation import adam, label_smoothed_loss, paper_peak, warmup_inverse_sqrt
-from .trainer import RunFolder, TrainConfig, Trainer, choose_precision, load_checkpoint, save_checkpoint, validation_loss
+from .precision import choose_precision, compile_blocks, matmul_ceiling, peak_memory, training_flops
+from .trainer import RunFolder, TrainConfig, Trainer, load_checkpoint, save_checkpoint, validation_loss
