@@ -17,6 +17,8 @@ from flash_transformer.data import (
     EncodedPairs,
     TokenizerPair,
     batches,
+    encode_texts,
+    join_pairs,
     load_corpus,
     padding_waste,
     plan_batches,
@@ -25,6 +27,7 @@ from flash_transformer.data import (
 
 class Spelled:
     "A tokenizer pair whose ids are plain to see: a letter's code on the source side, 1000 more on the target side"
+    source_size, target_size = 256, 1256
     def encode_source(self, texts): return [[ord(c) for c in text] + [EOS] for text in texts]
     def encode_target(self, texts): return [[BOS] + [1000 + ord(c) for c in text] + [EOS] for text in texts]
 
@@ -164,9 +167,55 @@ def test_to_device():
 
 def test_arrays_are_compact():
     pairs = EncodedPairs.encode(dataset(200), Spelled())
-    assert pairs.source.dtype == pairs.target.dtype == np.int32
-    assert len(pairs.source) == pairs.source_lengths.sum()
-    assert len(pairs.target) == pairs.target_lengths.sum() + 200
+    assert pairs.source.dtype == pairs.target.dtype == np.uint16
+    assert pairs.source_lengths.dtype == pairs.target_lengths.dtype == np.int32
+    assert len(pairs.source) == pairs.source_lengths.sum() == pairs.source_offsets[-1]
+    assert len(pairs.target) == pairs.target_lengths.sum() + 200 == pairs.target_offsets[-1]
+
+
+@pytest.mark.parametrize("size, dtype", [(65_536, np.uint16), (65_537, np.int32)])
+def test_two_bytes_a_token_where_the_vocabulary_allows(size, dtype):
+    class Large(Spelled):
+        source_size = size
+        def encode_source(self, texts): return [[size - 1, EOS] for _ in texts]
+    pairs = encode_texts(["a", "b"], ["x", "y"], Large())
+    assert pairs.source.dtype == dtype and pairs.batch([1]).source.tolist() == [[size - 1, EOS]]
+
+
+def test_saved_and_mapped(tmp_path):
+    pairs = EncodedPairs.encode(dataset(200), Spelled(), max_length=25)
+    pairs.save(tmp_path / "new" / "folder")
+    again = EncodedPairs.open(tmp_path / "new" / "folder")
+    assert again.dropped == pairs.dropped > 0 and len(again) == len(pairs) == 200 - pairs.dropped
+    for name in ("source", "source_offsets", "source_lengths", "target", "target_offsets", "target_lengths"):
+        one, other = getattr(pairs, name), getattr(again, name)
+        assert one.dtype == other.dtype and np.array_equal(one, other)
+    assert not again.source.flags.owndata and not again.source.flags.writeable
+    assert all(torch.equal(a, b) for a, b in zip(pairs.batch([5, 0]), again.batch([5, 0])))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-2]), lambda p: p.write_bytes(b"x" * 500),
+    lambda p: np.save(p, np.load(p)[:-1]), lambda p: np.save(p, np.array([{}], dtype=object))])
+@pytest.mark.parametrize("name", ["source", "source_offsets", "target", "target_offsets"])
+def test_damaged_arrays(tmp_path, name, damage):
+    EncodedPairs.encode(dataset(20), Spelled()).save(tmp_path)
+    damage(tmp_path / f"{name}.npy")
+    with pytest.raises(ValueError, match=f"{tmp_path} is damaged") as told: EncodedPairs.open(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_joined_parts_are_the_whole():
+    data = dataset(100)
+    whole = EncodedPairs.encode(data, Spelled(), max_length=25)
+    parts = [data.select(range(a, b)) for a, b in ((0, 1), (1, 40), (40, 100))]
+    joined = join_pairs([encode_texts(part["source"][:], part["target"][:], Spelled(), 25) for part in parts])
+    assert all(np.array_equal(x, vars(joined)[name]) for name, x in vars(whole).items())
+
+
+def test_one_window():
+    pairs = EncodedPairs.encode(dataset(5), Spelled())
+    assert pairs.window(3, 0) is pairs and pairs.window(3, 1) is None
 
 
 def test_max_length_counts_each_side_with_its_end():

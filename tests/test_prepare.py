@@ -1,6 +1,5 @@
 "Preparing once: what lies in the folder is taken only if it is whole and of the same settings"
 import json
-import sys
 from string import ascii_letters
 
 import numpy as np
@@ -21,7 +20,7 @@ def config(tmp_path):
 def same(one, other):
     for a, b in (one.train, other.train), (one.validation, other.validation):
         assert a.dropped == b.dropped and type(b.dropped) is int
-        for name in ("source", "source_lengths", "target", "target_lengths"):
+        for name in ("source", "source_offsets", "source_lengths", "target", "target_offsets", "target_lengths"):
             x, y = getattr(a, name), getattr(b, name)
             assert x.dtype == y.dtype and np.array_equal(x, y)
     assert one.tokenizers.source.to_str() == other.tokenizers.source.to_str()
@@ -53,7 +52,7 @@ def test_broken_settings_are_no_settings(config, tmp_path, content):
     first = prepare(config)
     first.save(tmp_path / "data", config)
     (tmp_path / "data/data.json").write_text(content)
-    (tmp_path / "data/train.safetensors").write_bytes(b"")
+    (tmp_path / "data/train/source.npy").write_bytes(b"")
     same(first, prepare(config, tmp_path / "data"))
 
 
@@ -63,7 +62,7 @@ def test_overwriting_that_breaks_off_leaves_nothing_that_counts(config, tmp_path
 
     def full(*_): raise OSError("no space left")
 
-    monkeypatch.setattr(sys.modules[Prepared.__module__], "save_file", full)
+    monkeypatch.setattr(EncodedPairs, "save", full)
     other = DataConfig(**vars(config) | {"vocab_size": 262})
     with pytest.raises(OSError, match="no space"):
         prepare(other).save(tmp_path / "data", other)
@@ -71,7 +70,7 @@ def test_overwriting_that_breaks_off_leaves_nothing_that_counts(config, tmp_path
 
 
 @pytest.mark.parametrize("name, content", [
-    ("train.safetensors", b""), ("train.safetensors", b"x" * 100), ("validation.safetensors", None),
+    ("train/source.npy", b""), ("train/target_offsets.npy", b"x" * 100), ("validation/target.npy", None),
     ("tokenizer.json", b"{}"), ("tokenizer.json", None)])
 def test_damaged_afterwards(config, tmp_path, name, content):
     prepare(config).save(tmp_path / "data", config)

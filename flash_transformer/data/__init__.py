@@ -1,5 +1,5 @@
 "Text in, batches of token ids out."
-from .batches import Batch, EncodedPairs, batches, padding_waste, plan_batches
+from .batches import Batch, EncodedPairs, batches, encode_texts, join_pairs, padding_waste, plan_batches
 from .cleaning import RULES, Report, check_rules, first_occurrences, pair_hashes, taken_by
 from .corpora import load_corpus
 from .prepare import DataConfig, Prepared, corpus_of, prepare

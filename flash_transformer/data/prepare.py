@@ -7,13 +7,9 @@ __all__ = ['DataConfig', 'corpus_of', 'Prepared', 'prepare']
 
 # %% ../../nbs/3_data/06_prepare.ipynb #edca79da
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from .batches import EncodedPairs
 from .corpora import load_corpus
@@ -35,6 +31,11 @@ class DataConfig:
     joint: bool = True            # one vocabulary for both languages
     max_length: int = 256         # training pairs with more tokens on a side are left out
     seed: int = 0                 # of a generated or split corpus
+    clean: list[str] = field(default_factory=list) # rules for training pairs, in this order
+    max_ratio: float = 3.0        # of the rule ratio: this many times the other side's characters
+    tokenizer_pairs: int | None = None # the tokenizer learns from so many, drawn evenly; null: all
+    streaming: bool = False       # read training pairs as a stream; nothing of it is kept on disk
+    window: int = 100_000         # pairs held at a time when streaming
 
 # %% ../../nbs/3_data/06_prepare.ipynb #46cbd875
 def corpus_of(config: DataConfig):
@@ -43,10 +44,6 @@ def corpus_of(config: DataConfig):
         config.path, config.seed)
 
 # %% ../../nbs/3_data/06_prepare.ipynb #45ab2d4c
-def _arrays(pairs): # what an `EncodedPairs` is made of
-    arrays = {name: getattr(pairs, name) for name in ("source", "source_lengths", "target", "target_lengths")}
-    return arrays | {"dropped": np.array(pairs.dropped)}
-
 @dataclass
 class Prepared:
     "What training needs of a corpus"
@@ -62,7 +59,7 @@ class Prepared:
         folder = Path(folder)
         (folder / "data.json").unlink(missing_ok=True)
         self.tokenizers.save(folder)
-        for name in ("train", "validation"): save_file(_arrays(getattr(self, name)), folder / f"{name}.safetensors")
+        for name in ("train", "validation"): getattr(self, name).save(folder / name)
         (folder / "data.json").write_text(json.dumps(asdict(config)))     # last: it says that the rest is whole
 
     @classmethod
@@ -70,13 +67,10 @@ class Prepared:
         folder: str | Path, # where `save` wrote
     ):
         "What `save` wrote; raises `ValueError` or `FileNotFoundError` for a file that is damaged or missing"
-        folder, splits = Path(folder), []
-        for path in (folder / "train.safetensors", folder / "validation.safetensors"):
-            try:
-                arrays = load_file(path)
-                splits.append(EncodedPairs(**arrays | {"dropped": int(arrays["dropped"])}))
-            except (SafetensorError, OSError, KeyError, TypeError) as e:
-                raise ValueError(f"{path} is damaged ({e}): remove {folder} to prepare it again") from e
+        folder = Path(folder)
+        try: splits = [EncodedPairs.open(folder / name) for name in ("train", "validation")]
+        except (ValueError, OSError) as e:
+            raise ValueError(f"{e}: remove {folder} to prepare it again") from e
         return cls(TokenizerPair.load(folder), *splits)
 
 # %% ../../nbs/3_data/06_prepare.ipynb #6e84df1d
