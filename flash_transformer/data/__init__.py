@@ -3,5 +3,6 @@ from .batches import Batch, EncodedPairs, batches, encode_texts, join_pairs, pad
 from .cleaning import RULES, Report, check_rules, first_occurrences, pair_hashes, taken_by
 from .corpora import load_corpus
 from .prepare import DataConfig, Prepared, corpus_of, prepare
+from .streaming import StreamedPairs, read_split, stream
 from .tokenizers import BOS, EOS, PAD, UNK, TokenizerPair
 from .toy import toy_corpus
