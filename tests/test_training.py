@@ -93,7 +93,7 @@ def losses(monkeypatch):
     def plan(table):
         now, fit = [], Trainer.fit
         monkeypatch.setattr(Trainer, "fit", lambda self, *args, **more: now.append(self) or fit(self, *args, **more))
-        monkeypatch.setattr("flash_transformer.training.trainer.validation_loss", lambda *_: table[now[-1].step])
+        monkeypatch.setattr("flash_transformer.training.trainer.validation_loss", lambda *_: table[now[-1].at.step])
     return plan
 
 
@@ -101,6 +101,12 @@ def steps(run): return [int(folder.name) for folder in RunFolder(run).checkpoint
 def read(path): return {name: t.clone() for name, t in load_file(path).items()}      # it is the file, mapped
 def weights(trainer, step): return read(trainer.run.checkpoint(step) / "model.safetensors")
 def final(trainer): return read(trainer.run.path / "model.safetensors")
+
+
+def timeless(lines):
+    "Metrics without what depends on the machine and the hour"
+    machine = {"seconds", "tokens_per_second", "utilisation", "memory"}
+    return [{name: value for name, value in line.items() if name not in machine} for line in lines]
 
 
 def same(a, b):
@@ -196,8 +202,7 @@ def test_what_lies_behind_the_checkpoint_is_forgotten(make, metrics):
     again.fit(resume=True)
     same(weights(again, 12), end)
     after = metrics(trainer.run.path)
-    timeless = [[{k: v for k, v in line.items() if "second" not in k} for line in lines] for lines in (before, after)]
-    assert timeless[0] == timeless[1]
+    assert timeless(before) == timeless(after)
     left = sorted(p.name for p in (trainer.run.path / "checkpoints").iterdir())
     assert left == ["00000004", "00000008", "00000012"]
 
@@ -206,7 +211,7 @@ def test_resumed_when_it_was_finished(make, contents):
     trainer = make()
     trainer.fit()
     before = contents(trainer.run.path)
-    assert make(seed=5).fit(resume=True) == trainer.best
+    assert make(seed=5).fit(resume=True) == trainer.at.best
     assert contents(trainer.run.path) == before
 
 
@@ -274,22 +279,22 @@ def test_patience(make, losses, metrics):
     losses(table)
     def patient(name, **more): return make(name, patience=2, **{"max_steps": None, "max_epochs": 1000} | more)
     trainer = patient("run")
-    assert trainer.fit() == 2 and trainer.step == 16
+    assert trainer.fit() == 2 and trainer.at.step == 16
     same(final(trainer), weights(trainer, 8))
     assert [line["validation_loss"] for line in metrics(trainer.run.path) if "perplexity" in line] == [3, 2, 2.5, 2.4]
     patient("parts", max_steps=12).fit()                 # the same, stopped while it is losing patience
     again = patient("parts", seed=7)
-    assert again.fit(resume=True) == 2 and again.step == 16
+    assert again.fit(resume=True) == 2 and again.at.step == 16
     same(final(again), final(trainer))
     done = patient("parts")                              # and once it has ended so, it has ended
-    assert done.fit(resume=True) == 2 and done.step == 16
+    assert done.fit(resume=True) == 2 and done.at.step == 16
 
 
 def test_epochs(make, corpus):
     trainer = make(max_epochs=2, max_steps=None, checkpoint_every=1000, accumulate=2)
     trainer.fit()
-    assert trainer.step == sum(math.ceil(len(plan(corpus[0], epoch)) / 2) for epoch in (0, 1))
-    assert (trainer.epoch, trainer.batch) == (2, 0) and steps(trainer.run.path) == [trainer.step]
+    assert trainer.at.step == sum(math.ceil(len(plan(corpus[0], epoch)) / 2) for epoch in (0, 1))
+    assert (trainer.at.epoch, trainer.at.batch) == (2, 0) and steps(trainer.run.path) == [trainer.at.step]
 
 
 def test_metrics(make, metrics):
@@ -302,7 +307,8 @@ def test_metrics(make, metrics):
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     for line in lines:
         if "loss" in line:
-            numbers = {"loss", "plain_loss", "tokens_per_second", "tokens", "gradient_norm", "learning_rate", "seconds"}
+            numbers = {"loss", "plain_loss", "tokens_per_second", "tokens", "gradient_norm", "learning_rate", "seconds",
+                       "utilisation", "memory"}
             assert line.keys() == numbers | {"step", "epoch"} and all(line[name] > 0 for name in numbers)
         else:
             assert line.keys() == {"step", "epoch", "validation_loss", "perplexity", "samples"}
@@ -314,11 +320,11 @@ def test_metrics(make, metrics):
 
 class Poisoned(Trainer):
     "Weights are set to `poison` right after this step"
-    at, poison = None, None
+    when, poison = None, None
 
     def _train_step(self):
         super()._train_step()
-        if self.step == self.at:
+        if self.at.step == self.when:
             with torch.no_grad(): self.bare.decoder.blocks[0].feed_forward[0].weight.fill_(self.poison)
 
 
@@ -329,7 +335,7 @@ def test_no_longer_finite(make, at, poison):
     undisturbed = make("undisturbed")
     undisturbed.fit()
     trainer = make(kind=Poisoned)
-    trainer.at, trainer.poison = at, poison
+    trainer.when, trainer.poison = at, poison
     with pytest.raises(FloatingPointError, match=r"at step \d.*lower train.learning_rate.*kept in .*run") as caught:
         trainer.fit()
     assert "\n" not in str(caught.value)
@@ -372,7 +378,7 @@ def test_bf16(make, corpus, metrics):
     first = {precision: metrics(t.run.path)[0]["loss"] for precision, t in trainers.items()}
     assert first["bf16"] != first["float32"]
     assert first["bf16"] == pytest.approx(first["float32"], rel=2 ** -8)       # the first step: one rounding to 8 bits
-    assert trainers["bf16"].best < math.log(corpus[2])                         # that of guessing
+    assert trainers["bf16"].at.best < math.log(corpus[2])                         # that of guessing
     assert all(p.dtype == torch.float32 for p in trainers["bf16"].bare.parameters())
 
 
@@ -406,11 +412,11 @@ def test_stopped_from_outside(text, tmp_path, command, name):
 
 class Interrupted(Trainer):
     "Gets this signal, so many times, in this step"
-    at, times, number = None, 1, signal.SIGINT
+    when, times, number = None, 1, signal.SIGINT
 
     def _train_step(self):
         super()._train_step()
-        if self.step == self.at:
+        if self.at.step == self.when:
             for _ in range(self.times): os.kill(os.getpid(), self.number)
 
 
@@ -422,7 +428,7 @@ def test_a_stop_leaves_no_trace_in_the_result(make, losses, average):
     assert whole.fit() == 2
     before = signal.getsignal(signal.SIGINT)
     stopped = make("stopped", average=average, kind=Interrupted)
-    stopped.at = 11
+    stopped.when = 11
     with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT at step 11; the checkpoint .*00000011 is safe"):
         stopped.fit()
     assert steps(stopped.run.path) == [4, 8, 11] and signal.getsignal(signal.SIGINT) == before
@@ -434,32 +440,32 @@ def test_a_stop_leaves_no_trace_in_the_result(make, losses, average):
 def test_told_to_end_where_it_was_stopped(make):
     whole, stopped = make("whole", max_steps=11, average=2), make("stopped", average=2, kind=Interrupted)
     whole.fit()
-    stopped.at = 11
+    stopped.when = 11
     with pytest.raises(KeyboardInterrupt): stopped.fit()
     again = make("stopped", max_steps=11, average=2)
-    assert again.fit(resume=True) == whole.best and steps(again.run.path) == [4, 8, 11]
+    assert again.fit(resume=True) == whole.at.best and steps(again.run.path) == [4, 8, 11]
     same(final(again), final(whole))
 
 
 def test_a_stop_does_not_cost_patience(make, losses):
     losses({4: 3, 8: 2, 10: 2.5, 12: 2.5, 16: 2.4})
     stopped = make(patience=2, max_steps=None, max_epochs=1000, kind=Interrupted)
-    stopped.at = 10
+    stopped.when = 10
     with pytest.raises(KeyboardInterrupt): stopped.fit()
     again = make(patience=2, max_steps=None, max_epochs=1000)
-    assert again.fit(resume=True) == 2 and again.step == 16
+    assert again.fit(resume=True) == 2 and again.at.step == 16
 
 
 def test_stopped_twice_stops_at_once(make):
     stopped = make(kind=Interrupted)
-    stopped.at, stopped.times = 6, 2
+    stopped.when, stopped.times = 6, 2
     with pytest.raises(KeyboardInterrupt, match="since the last checkpoint is lost"): stopped.fit()
     assert steps(stopped.run.path) == [4]
 
 
 def test_stopped_in_its_last_step_is_finished(make):
     trainer = make(kind=Interrupted)
-    trainer.at = 12
+    trainer.when = 12
     trainer.fit()
     assert (trainer.run.path / "model.safetensors").exists()
 

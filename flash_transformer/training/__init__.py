@@ -1,4 +1,5 @@
 "Loss, learning rate, and the trainer."
+from .checkpoints import RunFolder, StopSignals, load_checkpoint, load_model, save_checkpoint, whole
 from .optimisation import adam, label_smoothed_loss, paper_peak, warmup_inverse_sqrt
 from .precision import choose_precision, compile_blocks, matmul_ceiling, peak_memory, training_flops
 from .processes import (
@@ -12,4 +13,4 @@ from .processes import (
     start_accelerator,
     synchronise,
 )
-from .trainer import RunFolder, TrainConfig, Trainer, load_checkpoint, save_checkpoint, validation_loss
+from .trainer import Progress, TrainConfig, Trainer, validation_loss
