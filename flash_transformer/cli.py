@@ -28,7 +28,7 @@ from . import attention as attention_room
 from .config import Recipe, add_recipe, one_line, to_recipe
 from .data import DataConfig, Prepared, TokenizerPair, corpus_of, load_corpus, prepare
 from .model import Transformer, TransformerConfig
-from .training import RunFolder, Trainer, choose_precision
+from .training import RunFolder, Trainer, all_alive, choose_precision, dry_run, start_accelerator
 from .translation import DecodeConfig, Translator
 from .translation import evaluate as evaluate_translator
 
@@ -50,7 +50,7 @@ def _refuse_existing(
             f"or choose another --run")
 
 _RUN_FILES = ("config.yaml", "tokenizer.json", "source.json", "target.json", "data", "checkpoints", "metrics.jsonl",
-    "model.safetensors", "evaluation.json", "plots")
+    "model.safetensors", "evaluation.json", "plots", "trackers")
 
 def _clear(run: Path, keep: tuple[str, ...] = ()):
     "Make `run`, empty but for `keep`"
@@ -125,38 +125,55 @@ def _refuse_other_model(recipe: Recipe, run: Path):
     if changed: raise ValueError(f"{run} began with another {', '.join(changed)}: what is resumed keeps its model")
 
 # %% ../nbs/cli.ipynb #cb9cbf63
-def train(
-    recipe: Recipe,
-    run: Path,               # takes all that the run leaves
-    resume: bool = False,    # go on from its newest checkpoint
-    overwrite: bool = False, # replace a run that is there
-):
-    "Train a model by a recipe"
-    _keep_memory()
+def _refuse_to_train(recipe: Recipe, run: Path, resume: bool, overwrite: bool):
+    "Raises ValueError or an OSError for what would lose a run, or cannot go on with one"
     if resume and overwrite: raise ValueError("--resume goes on with a run, --overwrite throws it away: give one")
     if resume and not RunFolder(run).checkpoints():
         raise FileNotFoundError(f"{run} holds no checkpoint to resume from: train without --resume")
     if resume: _refuse_other_model(recipe, run)
     else: _refuse_existing(run, overwrite, keep=("data",))
     _refuse_other_data(recipe, run)
-    prepared = prepare(recipe.data, run / "data", TokenizerPair.load(run) if resume else None)
-    tokenizers = prepared.tokenizers
-    sizes = {"source_vocab_size": tokenizers.source_size, "target_vocab_size": tokenizers.target_size}
+
+def _new_model(recipe: Recipe, tokenizers: TokenizerPair) -> Transformer:
+    "The recipe's model with its first weights; raises ValueError when its vocabularies do not fit"
     if recipe.model.tie_embeddings == "all" and not tokenizers.joint:     # their sizes may happen to be equal
         raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
     torch.manual_seed(recipe.train.seed)
-    model = Transformer(TransformerConfig(**vars(recipe.model) | sizes))
+    sizes = {"source_vocab_size": tokenizers.source_size, "target_vocab_size": tokenizers.target_size}
+    return Transformer(TransformerConfig(**vars(recipe.model) | sizes))
+
+def _described(trainer: Trainer) -> str:
+    parameters = sum(p.numel() for p in trainer.bare.parameters())
+    pairs = trainer.course.pairs
+    return (f"{parameters:,} parameters, {f'{len(pairs):,} pairs' if hasattr(pairs, '__len__') else 'a stream of pairs'}"
+        f", {trainer.precision} on {trainer.accelerator.device}"
+        f"{f', {trainer.world} processes ({trainer.config.parallel})' if trainer.world > 1 else ''}")
+
+# %% ../nbs/cli.ipynb #e7319e6c
+def train(
+    recipe: Recipe,
+    run: Path,               # takes all that the run leaves
+    resume: bool = False,    # go on from its newest checkpoint
+    overwrite: bool = False, # replace a run that is there
+):
+    "Train a model by a recipe, in this process or in the several that torchrun has started"
+    _keep_memory()
+    processes = start_accelerator(recipe.train.precision)
+    with all_alive(run), processes.main_process_first():       # the first one prepares, the others open what it left
+        if processes.is_main_process: _refuse_to_train(recipe, run, resume, overwrite)
+        prepared = prepare(recipe.data, run / "data", TokenizerPair.load(run) if resume else None)
+    model = _new_model(recipe, prepared.tokenizers)
     show = _show_samples(prepared, recipe.decode)
     trainer = Trainer(model, prepared.train, prepared.validation, recipe.train, run, show)
-    if not resume:
-        _clear(run, keep=("data",))
-        tokenizers.save(run)
-    recipe.save(run / "config.yaml")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(prepared.train):,} pairs, "
-        f"{trainer.precision} on {trainer.accelerator.device}", flush=True)
+    if trainer.main:
+        if not resume:
+            _clear(run, keep=("data",))
+            prepared.tokenizers.save(run)
+        recipe.save(run / "config.yaml")
+        print(_described(trainer), flush=True)
     best = trainer.fit(resume)
-    print(f"lowest validation loss {best:.3f} nats a token\nweights in {run / 'model.safetensors'}, checkpoints in "
-        f"{run / 'checkpoints'}, metrics in {run / 'metrics.jsonl'}")
+    if trainer.main: print(f"lowest validation loss {best:.3f} nats a token\nweights in {run / 'model.safetensors'}, "
+        f"checkpoints in {run / 'checkpoints'}, metrics in {run / 'metrics.jsonl'}")
 
 # %% ../nbs/cli.ipynb #ccbbd1d2
 def evaluate(
@@ -258,6 +275,8 @@ def _parser() -> ArgumentParser:
         if function is train:
             sub.add_argument("--resume", action="store_true",
                 help="go on from the run's newest checkpoint, with its recipe")
+            sub.add_argument("--dry-run", "--dry_run", action="store_true",
+                help="check everything but the training: corpus, memory, disk, hours expected on this machine")
         if function is evaluate:
             sub.add_argument("--data", type=str | None,
                 help="prefix of aligned text files, as in DATA.en and DATA.de; else the recipe's corpus")
@@ -290,9 +309,17 @@ def _command(arguments: list[str]):
     name, options = options.subcommand, options[options.subcommand]
     if not sys.stderr.isatty(): datasets.disable_progress_bars()
     if name in ("preprocess", "train"):
+        recipe = to_recipe(options)
+        if options.get("dry_run"): return _report(recipe, options.run)
         more = {"resume": options.resume} if name == "train" else {}
-        return globals()[name](to_recipe(options), options.run, overwrite=options.overwrite, **more)
+        return globals()[name](recipe, options.run, overwrite=options.overwrite, **more)
     return globals()[name](**vars(options))
+
+def _report(recipe: Recipe, run: Path):
+    "What `train --dry-run` says; raises ValueError for what would stop the training"
+    found = dry_run(recipe.data, recipe.model, recipe.train, run / "data")
+    print(found)
+    if found.problems: raise ValueError(" ".join(found.problems))
 
 def _check_yaml(path: Path):
     "Raises ValueError for a file that is no YAML of sections; jsonargparse would not name it"
@@ -311,6 +338,7 @@ def main(
     except BrokenPipeError:                                     # the reader of our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # else Python complains when it flushes
     except (ValueError, TypeError, OSError, FloatingPointError, KeyboardInterrupt) as e:
-        print(f"flash-transformer: {one_line(e) or 'stopped'}", file=sys.stderr)
+        who = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"flash-transformer{who}: {one_line(e) or 'stopped'}", file=sys.stderr)
         return 2
     return 0

@@ -99,20 +99,19 @@ class _Course:
     "The batches of a run, in order: of an epoch its windows, of a window the batches of its plan"
     def __init__(self, pairs, config: TrainConfig, at: Progress):
         self.pairs, self.config, self.at = pairs, config, at
-        self.plan = []
+        self.window, self.plan = None, []
 
     def open(self):
         "Make the plan for where `at` points to; go on to the next epoch where nothing is left of this one"
         c, at, empty = self.config, self.at, 0
         while empty < 2:                          # two epochs without a batch: then there are none
-            self.window = self.pairs.window(at.epoch, at.window)
-            if self.window is None:
-                at.epoch, at.window, at.batch, empty = at.epoch + 1, 0, 0, empty + 1
-                continue
-            s, t = self.window.source_lengths, self.window.target_lengths
-            self.plan = plan_batches(s, t, c.tokens_per_batch, c.seed + 7919 * at.window, at.epoch)
-            if at.batch < len(self.plan): return
-            at.window, at.batch = at.window + 1, 0               # resumed with larger batches than before
+            if self.window is None: self.window = self.pairs.window(at.epoch, at.window)
+            if self.window is None: at.epoch, at.window, at.batch, empty = at.epoch + 1, 0, 0, empty + 1
+            else:
+                s, t = self.window.source_lengths, self.window.target_lengths
+                self.plan = plan_batches(s, t, c.tokens_per_batch, c.seed + 7919 * at.window, at.epoch)
+                if at.batch < len(self.plan): return
+                at.window, at.batch, self.window = at.window + 1, 0, None   # resumed with larger batches than before
         raise ValueError("there are no training pairs: is data.max_length below every sentence?")
 
     def draw(self) -> list[np.ndarray]: # the rows of each batch
@@ -127,7 +126,8 @@ class _Course:
         at = self.at
         if at.batch < len(self.plan): return
         at.window, at.batch, self.plan = at.window + 1, 0, []
-        if self.pairs.window(at.epoch, at.window) is None: at.epoch, at.window = at.epoch + 1, 0
+        self.window = self.pairs.window(at.epoch, at.window)
+        if self.window is None: at.epoch, at.window = at.epoch + 1, 0
 
 # %% ../../nbs/4_training/05_trainer.ipynb #e61c151a
 _ceiling = cache(matmul_ceiling)          # once a process: it takes half a second
@@ -363,9 +363,9 @@ class Trainer(_Keeper):
 
     def _bar(self) -> tqdm:
         "Knows the time left where it knows the number of steps"
-        c, total = self.config, math.inf
-        if c.max_epochs and hasattr(self.course.pairs, "__len__"):
-            total = math.ceil(len(self.course.plan) / c.accumulate) * c.max_epochs
+        c, course, total = self.config, self.course, math.inf
+        if c.max_epochs and course.window is course.pairs:      # not streamed: an epoch has one plan
+            total = math.ceil(len(course.plan) / c.accumulate) * c.max_epochs
         total = min(total, c.max_steps or math.inf)
         return tqdm(total=None if total == math.inf else total, initial=self.at.step, desc="training", unit="step",
             disable=None if self.main else True)
