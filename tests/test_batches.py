@@ -23,13 +23,15 @@ from flash_transformer.data import (
     padding_waste,
     plan_batches,
 )
+from flash_transformer.data.tokenizers import as_arrays
 
 
 class Spelled:
     "A tokenizer pair whose ids are plain to see: a letter's code on the source side, 1000 more on the target side"
-    source_size, target_size = 256, 1256
-    def encode_source(self, texts): return [[ord(c) for c in text] + [EOS] for text in texts]
-    def encode_target(self, texts): return [[BOS] + [1000 + ord(c) for c in text] + [EOS] for text in texts]
+    def encode_source(self, texts): return [[ord(c) for c in str(text)] + [EOS] for text in texts]
+    def encode_target(self, texts): return [[BOS] + [1000 + ord(c) for c in str(text)] + [EOS] for text in texts]
+    def source_arrays(self, texts): return as_arrays(self.encode_source(texts), np.uint16)
+    def target_arrays(self, texts): return as_arrays(self.encode_target(texts), np.uint16)
 
 
 def dataset(n, seed=0, longest=30):
@@ -60,6 +62,33 @@ def test_plan(pairs, budget, seed, epoch, shuffle):
     again = plan_batches(source, target, budget, seed, epoch, shuffle)
     assert len(plan) == len(again) and all(np.array_equal(a, b) for a, b in zip(plan, again))
     assert 0 <= padding_waste(source, target, plan) < 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 2000), st.integers(1, 60)), min_size=1, max_size=200), st.integers(0, 9))
+def test_the_order_is_that_of_a_plain_sort(pairs, epoch):
+    "one packed number a pair, sorted in place, against NumPy's sort by several keys; with noise and without"
+    s, t = np.array(pairs).T.astype(np.int32)
+    longest, to_and_fro = np.maximum(s, t), np.where(np.maximum(s, t) % 2, s - t, t - s)
+    plan = plan_batches(s, t, 4000, epoch=epoch, shuffle=False)
+    assert np.array_equal(np.concatenate(plan), np.lexsort((to_and_fro, longest)))
+    rng = np.random.default_rng((7, epoch))
+    order = np.lexsort((to_and_fro + rng.uniform(-1, 1, len(s)), longest))
+    plan = plan_batches(s, t, 4000, seed=7, epoch=epoch)
+    back = np.argsort(rng.permutation(len(plan)))             # the batches in the order they were cut
+    assert np.array_equal(np.concatenate([plan[i] for i in back]), order)
+
+
+def test_the_order_of_many_and_of_long_ones():
+    "parts of 65,536 pairs are filled one after the other; lengths may need most of the bits"
+    s, t = lengths(200_000)
+    s[::1000] = 1 << 30
+    longest, orders = np.maximum(s, t), []
+    for epoch in 0, 1:
+        plan = sorted(plan_batches(s, t, 1 << 30, epoch=epoch), key=lambda i: longest[i[0]])
+        orders.append(np.concatenate(plan))
+        assert np.array_equal(longest[orders[-1]], np.sort(longest))
+    assert not np.array_equal(*orders) and sorted(orders[0]) == list(range(len(s)))
 
 
 def test_batches_are_full():
@@ -171,15 +200,6 @@ def test_arrays_are_compact():
     assert pairs.source_lengths.dtype == pairs.target_lengths.dtype == np.int32
     assert len(pairs.source) == pairs.source_lengths.sum() == pairs.source_offsets[-1]
     assert len(pairs.target) == pairs.target_lengths.sum() + 200 == pairs.target_offsets[-1]
-
-
-@pytest.mark.parametrize("size, dtype", [(65_536, np.uint16), (65_537, np.int32)])
-def test_two_bytes_a_token_where_the_vocabulary_allows(size, dtype):
-    class Large(Spelled):
-        source_size = size
-        def encode_source(self, texts): return [[size - 1, EOS] for _ in texts]
-    pairs = encode_texts(["a", "b"], ["x", "y"], Large())
-    assert pairs.source.dtype == dtype and pairs.batch([1]).source.tolist() == [[size - 1, EOS]]
 
 
 def test_saved_and_mapped(tmp_path):

@@ -4,6 +4,8 @@ import json
 import random
 import unicodedata
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -111,6 +113,64 @@ def test_special_words_are_not_merged_from_a_corpus_full_of_them():
         tokenizers = TokenizerPair.train(data, kind, 300)
         assert not {PAD, UNK, BOS, EOS} & set(tokenizers.encode_source(texts[:1])[0][:-1])
         assert tokenizers.decode_source(tokenizers.encode_source(texts[:1])) == texts[:1]
+
+
+# ---- many texts at once, as arrays ----
+
+def same_arrays(tokenizers, texts, given=None):
+    for side, dtype in (("source", np.uint16), ("target", np.uint16)):
+        ids, offsets = getattr(tokenizers, f"{side}_arrays")(texts if given is None else given)
+        rows = getattr(tokenizers, f"encode_{side}")(texts)
+        assert ids.dtype == dtype and offsets.dtype == np.int64
+        assert offsets.tolist() == [0, *itertools.accumulate(map(len, rows))]
+        assert ids.tolist() == list(itertools.chain(*rows))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.text(st.one_of(st.sampled_from(" \t\xa0\u2028.,'aé\u0301\u0308-1<>"),
+                                  st.characters(exclude_categories=["Cs"])), max_size=30), max_size=6))
+def test_each_word_once_is_each_sentence_whole(trained, texts):
+    same_arrays(trained["bpe", True], texts)
+    same_arrays(trained["bpe", False], texts)
+
+
+@pytest.mark.parametrize("kind, joint", SIDES)
+def test_arrays_of_every_kind(trained, pairs, kind, joint):
+    tokenizers, texts = trained[kind, joint], pairs["target"][:500]
+    same_arrays(tokenizers, texts)
+    same_arrays(tokenizers, texts[7:20], pa.array(texts)[7:20])
+    same_arrays(tokenizers, texts, pa.chunked_array([texts[:3], [], texts[3:]]))
+    same_arrays(tokenizers, texts, pa.array(texts, pa.large_string()))
+    same_arrays(tokenizers, [])
+    same_arrays(tokenizers, ["", " ", "a", ""])
+    same_arrays(tokenizers, ["a" * 1000, "b" * 300 + " " * 200, "x " * 500])
+
+
+def test_a_tokenizer_that_cuts_otherwise_is_taken_at_its_word(trained):
+    "what joins words across spaces cannot be had word by word"
+    plain = json.loads(trained["bpe", True].source.to_str())
+    plain["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "_"}
+    other = Tokenizer.from_str(json.dumps(plain))
+    same_arrays(TokenizerPair(other, other), ["Anna can see.", "a b c"])
+
+
+def test_four_bytes_an_id_for_a_large_vocabulary():
+    words = [f"w{i}" for i in range(65_600)]
+    for n, dtype in (65_532, np.uint16), (65_533, np.int32):
+        vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *words[:n]])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        ids, offsets = TokenizerPair(tokenizer, tokenizer).source_arrays([words[n - 1]])
+        assert ids.dtype == dtype and ids.tolist() == [n + 3, EOS] and offsets.tolist() == [0, 2]
+
+
+def test_bad_texts_for_arrays(trained):
+    for tokenizers in trained["bpe", True], trained["word", True]:
+        with pytest.raises(TypeError, match="list of sentences, not one str"): tokenizers.source_arrays("Anna")
+        with pytest.raises(TypeError, match="Text 1 is no str but NoneType"): tokenizers.source_arrays(["Anna", None])
+        with pytest.raises(TypeError, match="Text 0 is no str but int"): tokenizers.target_arrays([3])
+        with pytest.raises(ValueError, match="Text 1 holds a lone"): tokenizers.target_arrays(["a", "b\ud800"])
+    with pytest.raises(TypeError, match="Text 1 is no str but NoneType"):
+        trained["bpe", True].source_arrays(pa.array(["a", None]))
 
 
 # ---- what the pieces are like ----

@@ -7,7 +7,6 @@ __all__ = ['Batch', 'EncodedPairs', 'encode_texts', 'join_pairs', 'padding_waste
 
 # %% ../../nbs/3_data/04_batches.ipynb #3b74a060
 import json
-from itertools import chain, compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokenizers import PAD
+from .tokenizers import PAD, as_arrays
 
 # %% ../../nbs/3_data/04_batches.ipynb #f5d3091d
 class Batch(NamedTuple):
@@ -34,13 +33,6 @@ class Batch(NamedTuple):
     def to(self, device, non_blocking=False): # anything torch takes for a device
         "The same batch elsewhere"
         return Batch(*(x.to(device, non_blocking=non_blocking) for x in self))
-
-# %% ../../nbs/3_data/04_batches.ipynb #a733cc4c
-def _flat(rows, dtype):
-    "Lists of ids as one array, and the offsets at which each begins; the last one is where the last list ends"
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
-    return np.fromiter(chain.from_iterable(rows), dtype, offsets[-1]), offsets
 
 # %% ../../nbs/3_data/04_batches.ipynb #29ae0601
 def _rows(flat, starts, lengths):
@@ -97,7 +89,7 @@ class EncodedPairs:
     ):
         "All pairs as ids. `dropped` counts those that were too long; raises `ValueError` when none is left."
         parts = [encode_texts(part["source"], part["target"], tokenizers, max_length)
-                 for part in pairs.select_columns(["source", "target"]).iter(batch_size=1000)]
+                 for part in pairs.with_format("arrow").iter(batch_size=10_000)]
         dropped = sum(part.dropped for part in parts)
         if not sum(map(len, parts)):
             raise ValueError(f"No pairs left: all {dropped} have more than max_length={max_length} tokens." if dropped
@@ -131,20 +123,23 @@ _ARRAYS = ("source", "source_offsets", "target", "target_offsets")
 
 # %% ../../nbs/3_data/04_batches.ipynb #73aed2cb
 def encode_texts(
-    sources,             # list of sentences
-    targets,             # list of their translations
+    sources,             # list of sentences, or Arrow's array of strings
+    targets,             # their translations, likewise
     tokenizers,          # a `TokenizerPair`
     max_length:int=None, # pairs with more tokens than this, `</s>` counted, on either side are left out
 ) -> EncodedPairs:       # maybe of no pairs at all
     "Sentences as ids; `dropped` counts the pairs that were too long"
-    sides = [tokenizers.encode_source(sources), tokenizers.encode_target(targets)]
-    dropped = 0
-    if max_length is not None:
-        kept = [len(s) <= max_length and len(t) - 1 <= max_length for s, t in zip(*sides)]
-        dropped = len(kept) - sum(kept)
-        if dropped: sides = [list(compress(side, kept)) for side in sides]
-    dtypes = [np.uint16 if size <= 1 << 16 else np.int32 for size in (tokenizers.source_size, tokenizers.target_size)]
-    return EncodedPairs(*chain.from_iterable(map(_flat, sides, dtypes)), dropped)
+    pairs = EncodedPairs(*tokenizers.source_arrays(sources), *tokenizers.target_arrays(targets))
+    if max_length is None: return pairs
+    kept = np.maximum(pairs.source_lengths, pairs.target_lengths) <= max_length
+    if kept.all(): return pairs
+    return EncodedPairs(*_only(kept, pairs.source, pairs.source_offsets),
+                        *_only(kept, pairs.target, pairs.target_offsets), dropped=int((~kept).sum()))
+
+
+def _only(kept, flat, offsets): # (rows,) bool -> array and offsets of these rows alone
+    lengths = np.diff(offsets)
+    return flat[np.repeat(kept, lengths)], np.concatenate([[0], np.cumsum(lengths[kept])])
 
 
 def join_pairs(
@@ -160,13 +155,15 @@ def join_pairs(
                         sum(part.dropped for part in parts))
 
 # %% ../../nbs/3_data/04_batches.ipynb #0f23db7a
-def _pack(longest, order, tokens_per_batch):
+def _pack(sides, order, tokens_per_batch):
     "Cuts an order of the pairs into batches as large as they may be: rows × longest row within the budget"
-    plan, start, longest = [], 0, longest[order]
+    plan, start = [], 0
+    def longest(i): return np.maximum(*(lengths[i] for lengths in sides))
     while start < len(order):
-        ahead = np.maximum.accumulate(longest[start:start + tokens_per_batch // longest[start]])
-        rows = np.searchsorted(ahead * np.arange(1, len(ahead) + 1), tokens_per_batch, side="right")
-        plan.append(order[start:start + rows])
+        ahead = order[start:start + tokens_per_batch // longest(order[start])]
+        cells = np.maximum.accumulate(longest(ahead)) * np.arange(1, len(ahead) + 1)
+        rows = np.searchsorted(cells, tokens_per_batch, side="right")
+        plan.append(ahead[:rows])
         start += rows
     return plan
 
@@ -183,7 +180,26 @@ def padding_waste(
         real += sum(int(lengths[i].sum()) for i in plan)
     return 1 - real / cells if cells else 0.
 
-# %% ../../nbs/3_data/04_batches.ipynb #02bd273a
+# %% ../../nbs/3_data/04_batches.ipynb #5a84057b
+def _order(s, t, rng):
+    "Pair numbers by longer side, then difference to and fro with noise of `rng` (None: without): (pairs,) int64"
+    top = int(max(s.max(), t.max()))
+    number, size = (len(s) - 1).bit_length(), top.bit_length()        # bits that these need
+    scale = 2. ** min(52, 64 - number - size) / (2 * top + 1)         # the rest is the difference's, from -top to top
+    keys = np.empty(len(s), np.uint64)
+    for start in range(0, len(s), 1 << 16):
+        here = slice(start, start + (1 << 16))
+        longest, difference = np.maximum(s[here], t[here]), s[here] - t[here]
+        # by what the source has more, to and fro, so that neighbours stay alike; a pinch of noise, worth one token
+        difference = np.where(longest % 2, difference, -difference) + (rng.uniform(-1, 1, len(longest)) if rng else 0)
+        key = longest.astype(np.uint64) << np.uint64(min(52, 64 - number - size))
+        key |= ((difference + top) * scale).astype(np.uint64)
+        keys[here] = key << np.uint64(number) | np.arange(start, start + len(longest), dtype=np.uint64)
+    keys.sort()
+    keys &= np.uint64((1 << number) - 1)
+    return keys.view(np.int64)
+
+# %% ../../nbs/3_data/04_batches.ipynb #6b7ed1ab
 def plan_batches(
     source_lengths:np.ndarray, # (pairs,) tokens of each source sentence
     target_lengths:np.ndarray, # (pairs,) labels of each target sentence
@@ -193,22 +209,19 @@ def plan_batches(
     shuffle:bool=True,         # False: shortest first, the same in every epoch
 ) -> list:                     # one array of pair numbers a batch; each pair is in one batch, once
     """
-    Which pairs go together, so that little is padding.
+    Which pairs go together, so that little is padding. Takes 8 bytes a pair of memory.
 
     Raises `ValueError` when a single pair is longer than a whole batch may be.
     """
     s, t = np.asarray(source_lengths), np.asarray(target_lengths)
-    longest = np.maximum(s, t)
-    if len(longest) and longest.max() > tokens_per_batch:
+    if not len(s): return []
+    if max(s.max(), t.max()) > tokens_per_batch:
+        longest = np.maximum(s, t)
         i = int(longest.argmax())
         raise ValueError(f"Pair {i} has {longest[i]} tokens, more than tokens_per_batch={tokens_per_batch}:"
                          " raise tokens_per_batch, or drop such pairs by max_length.")
     rng = np.random.default_rng((seed, epoch))
-    # by the longer side; among equals by what the source has more, to and fro, so that neighbours stay alike;
-    # a pinch of noise, worth one token, so that each epoch mixes them anew
-    difference = np.where(longest % 2, s - t, t - s) + (rng.uniform(-1, 1, len(s)) if shuffle else 0)
-    order = np.lexsort((difference, longest))
-    plan = _pack(longest, order, tokens_per_batch)
+    plan = _pack((s, t), _order(s, t, rng if shuffle else None), tokens_per_batch)
     return [plan[i] for i in rng.permutation(len(plan))] if shuffle else plan
 
 # %% ../../nbs/3_data/04_batches.ipynb #36c7ab69
