@@ -41,7 +41,7 @@ def share(
     return [(group[min(i, len(group) - 1)], i < len(group)) for i in range(rank, rounds * world, world)]
 
 # %% ../../nbs/4_training/03_processes.ipynb #bf062ede
-PATIENCE = timedelta(hours=6) # how long a process waits for one that is alive but busy
+PATIENCE = timedelta(hours=2) # how long a process waits for one that is alive but busy
 
 def _join():
     "Meet the other processes that the launcher has started, unless they have met"
@@ -116,6 +116,8 @@ def _shard(model: Transformer):
     for t in [*model.parameters(), *model.buffers()]: dist.broadcast(t.detach(), 0)
     for block in [*model.encoder.blocks, *model.decoder.blocks]: fully_shard(block)
     fully_shard(model)
+    # the outermost part stays whole for the backward pass; without one it is to be given back at once
+    model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else model.reshard())
 
 # %% ../../nbs/4_training/03_processes.ipynb #8a755978
 def synchronise(
@@ -157,11 +159,13 @@ def add_up(tensor: Tensor) -> Tensor:
 # %% ../../nbs/4_training/03_processes.ipynb #6209e295
 @contextmanager
 def all_alive(run: str | Path): # run folder
-    "While entered: that another process died is a ConnectionError in one sentence. Other errors pass."
+    "While entered: that another process died or does not answer is a ConnectionError in one sentence. Others pass."
     try: yield
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and not re.search("gloo|NCCL", str(e)): raise
+        what = (f"has not answered for {PATIENCE}" if "timed out" in str(e).lower() else
+            "has died, and its own message says why")
         checkpoints = sorted(p for p in (Path(run) / "checkpoints").glob("*") if p.name.isdigit())
-        raise ConnectionError("another process of this run has died, and its own message says why; "
-            + (f"the checkpoint {checkpoints[-1]} is whole: start again with --resume" if checkpoints else
-                "there was no checkpoint yet: start again")) from e
+        raise ConnectionError(f"another process of this run {what}; " +
+            (f"the checkpoint {checkpoints[-1]} is whole: start again with --resume" if checkpoints else
+            "there is no checkpoint yet: start again")) from e
