@@ -45,7 +45,7 @@ def _refuse_existing(
     if not overwrite:
         raise FileExistsError(f"{run} already exists: replace it with --overwrite, go on with train --resume, "
             f"or choose another --run")
-    if strangers := sorted(p.name for p in run.iterdir() if p.name not in _RUN_FILES):
+    if strangers := sorted(p.name for p in run.iterdir() if p.name not in _RUN_FILES and p.suffix != ".unfinished"):
         raise FileExistsError(f"{run} holds what no run leaves ({', '.join(strangers[:3])}): remove it yourself, "
             f"or choose another --run")
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from .data import DataConfig
 from .model import TransformerConfig
-from .training import TrainConfig
+from .training import TrainConfig, whole
 from .translation import DecodeConfig
 
 # %% ../nbs/config.ipynb #479e82b6
@@ -38,8 +38,9 @@ class Recipe:
         return recipe
 
     def save(self, path: str | Path):
-        "Write as YAML"
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        "Write as YAML, whole or not at all"
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        with whole(Path(path)) as new: new.write_text(text, encoding="utf-8")
 
 # %% ../nbs/config.ipynb #2cc91119
 def add_recipe(parser: ArgumentParser):

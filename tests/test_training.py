@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def make(corpus, tmp_path):
     "A trainer into a folder of this name"
     train, validation, size = corpus
 
-    def make(name="run", dropout=0.0, kind=Trainer, on_validation=None, seed=0, **changes):
+    def make(name="run", dropout=0.0, kind=Trainer, on_validation=None, seed=0, train=train, **changes):
         config = TrainConfig(**dict(max_steps=12, tokens_per_batch=420, warmup_steps=5, learning_rate=3e-3, log_every=1,
                                     checkpoint_every=4, keep_checkpoints=9, precision="float32", seed=3) | changes)
         torch.manual_seed(seed)
@@ -316,6 +317,96 @@ def test_metrics(make, metrics):
     assert sum(line.get("tokens", 0) for line in lines) <= 9 * 420
 
 
+def test_tensorboard_hears_of_the_same(make, metrics):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = make(trackers=["tensorboard"], on_validation=lambda model: {"samples": ["a"]})
+    trainer.fit()
+    heard = accumulator.EventAccumulator(str(trainer.run.path / "trackers" / "flash_transformer"))
+    heard.Reload()
+    for name in "loss", "gradient_norm", "utilisation", "validation_loss":
+        lines = [line for line in metrics(trainer.run.path) if name in line]
+        scalars = heard.Scalars(name)
+        assert [scalar.step for scalar in scalars] == [line["step"] for line in lines] and len(lines) >= 3
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in lines], rel=1e-6)
+
+
+def test_tracker_that_is_not_there(make, monkeypatch):
+    monkeypatch.setattr("flash_transformer.training.processes.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="train.trackers names wandb.*pip install wandb"): make(trackers=["wandb"])
+
+
+# ---- windows of a corpus that is streamed ----
+
+class Windows:
+    "Some rows of `pairs` at a time; remembers what it was asked for"
+    def __init__(self, pairs, parts): self.parts, self.pairs, self.asked = parts, pairs, []
+
+    def window(self, epoch, index):
+        self.asked.append((epoch, index))
+        if index == len(self.parts): return None
+        rows = self.parts[index]
+        sides = [[side[start:stop] for start, stop in zip(offsets[:-1][rows], offsets[1:][rows])] for side, offsets in
+            ((self.pairs.source, self.pairs.source_offsets), (self.pairs.target, self.pairs.target_offsets))]
+        arrays = [x for side in sides for x in (np.concatenate([*side, []]).astype(np.int32),
+                                                np.cumsum([0, *map(len, side)]))]
+        return EncodedPairs(*arrays)
+
+
+@pytest.fixture
+def windows(corpus): return lambda *parts: Windows(corpus[0], [np.arange(*part) for part in parts])
+
+
+def test_an_epoch_of_windows(make, windows):
+    "Each pair once an epoch, a window after the other, an empty one passed over; each window asked for once"
+    source, seen = windows((0, 70), (0, 0), (70, 150), (150, 200)), []
+
+    class Watched(Trainer):
+        def _gradient(self, group):
+            seen.append((self.at.epoch, self.at.window, sum(map(len, group))))
+            super()._gradient(group)
+
+    trainer = make(kind=Watched, max_steps=None, max_epochs=2, accumulate=2, train=source)
+    trainer.fit()
+    for epoch in 0, 1:
+        assert [sum(n for e, w, n in seen if (e, w) == (epoch, window)) for window in range(4)] == [70, 0, 80, 50]
+    assert source.asked == [(epoch, index) for epoch in (0, 1) for index in range(5)]
+    assert (trainer.at.epoch, trainer.at.window, trainer.at.batch) == (2, 0, 0)
+
+
+def test_resumed_within_a_window(make, windows, metrics):
+    parts = (0, 70), (70, 150), (150, 200)
+    def noisy(*args, **more): return make(*args, dropout=0.3, accumulate=2, train=windows(*parts), **more)
+    whole, first = noisy("whole", max_steps=20), noisy("parts", max_steps=6)
+    whole.fit(), first.fit()
+    assert first.at.window == 1 and first.at.batch > 0
+    second = noisy("parts", max_steps=20, seed=99)
+    second.fit(resume=True)
+    same(final(whole), final(second))
+    after = [[line for line in timeless(metrics(t.run.path)) if line["step"] > 6] for t in (whole, second)]
+    assert after[0] == after[1] and second.course.pairs.asked[0] == (0, 1)
+
+
+def test_windows_of_nothing(make, windows):
+    with pytest.raises(ValueError, match="no training pairs"): make(train=windows((0, 0), (0, 0))).fit()
+
+
+# ---- less memory, more processes ----
+
+def test_activation_checkpointing_changes_nothing(make):
+    "The same random state is put back for the second time: the same to the last bit, dropout included"
+    plain, recomputed = make("plain", dropout=0.3), make("recomputed", dropout=0.3, activation_checkpointing=True)
+    plain.fit(), recomputed.fit()
+    assert recomputed.bare.recompute
+    same(final(plain), final(recomputed))
+
+
+def test_more_processes_than_batches(make, monkeypatch):
+    from accelerate import Accelerator
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 4))
+    with pytest.raises(ValueError, match="train.accumulate is 3.*4 processes: set it to a multiple of 4"):
+        make(accumulate=3)
+
+
 # ---- numbers that are none ----
 
 class Poisoned(Trainer):
@@ -437,6 +528,18 @@ def test_a_stop_leaves_no_trace_in_the_result(make, losses, average):
     same(final(again), final(whole))
 
 
+@pytest.mark.parametrize("stop", [3, 11])
+def test_a_stop_leaves_no_trace_in_the_metrics(make, metrics, stop):
+    "In the middle of what a line of metrics tells of"
+    whole = make("whole", log_every=5, dropout=0.3)
+    whole.fit()
+    stopped = make("stopped", log_every=5, dropout=0.3, kind=Interrupted)
+    stopped.when = stop
+    with pytest.raises(KeyboardInterrupt): stopped.fit()
+    make("stopped", log_every=5, dropout=0.3, seed=9).fit(resume=True)
+    assert timeless(metrics(stopped.run.path)) == timeless(metrics(whole.run.path))
+
+
 def test_told_to_end_where_it_was_stopped(make):
     whole, stopped = make("whole", max_steps=11, average=2), make("stopped", average=2, kind=Interrupted)
     whole.fit()
@@ -498,7 +601,8 @@ BAD = {
     "smoothing": (dict(max_steps=1, label_smoothing=1.0), r"train.label_smoothing must be in \[0, 1\), not 1.0"),
     "average of more than is kept": (dict(max_steps=1, average=6), "between 0 and train.keep_checkpoints .5., not 6"),
     "negative average": (dict(max_steps=1, average=-1), "train.average"),
-    "precision": (dict(max_steps=1, precision="double"), "train.precision is .* not 'double'"),
+    "precision": (dict(max_steps=1, precision="double"), "train.precision is one of .* not 'double'"),
+    "parallel": (dict(max_steps=1, parallel="pipeline"), "train.parallel is one of ddp, fsdp, not 'pipeline'"),
 }
 
 

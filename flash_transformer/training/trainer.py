@@ -308,7 +308,7 @@ class Trainer(_Keeper):
             if hasattr(pairs, "__len__") and not len(pairs):
                 raise ValueError(f"there are no {name} pairs: is data.max_length below every sentence?")
         self.config, self.run, self.on_validation = config, RunFolder(run), on_validation
-        self.accelerator = start_accelerator(config.precision, config.trackers, self.run.path)
+        self.accelerator = start_accelerator(config.precision, config.trackers, self.run.path / "trackers")
         self.precision = "float32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process                        # the one that writes files
@@ -353,7 +353,7 @@ class Trainer(_Keeper):
             raise FileExistsError(f"{self.run.path} already holds checkpoints: resume, or choose another folder")
         elif self.main: self.run.rewind(-1)
         self.ceiling = _ceiling(self.precision, self.accelerator.device)
-        if self.config.trackers: self.accelerator.init_trackers("")
+        if self.config.trackers: self.accelerator.init_trackers("flash_transformer")
         if not self._finished(): self.course.open()
 
     def _finished(self) -> bool:
