@@ -1,9 +1,11 @@
 "What several files need: one tiny run, trained once, and the command line called in this process."
+import atexit
 import io
 import json
 import os
 import shutil
 import sys
+import tempfile
 
 import pytest
 import torch  # and the package where it is needed: it takes seconds, and half of the files do without
@@ -11,6 +13,11 @@ import torch  # and the package where it is needed: it takes seconds, and half o
 # Without a GPU our Triton kernels run in Triton's interpreter. Triton asks for this once, when it is imported, which
 # PyTorch may do at any time: so it is said here, before any test begins.
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What corpora are read into, in this process and those it starts, is not left in the user's home.
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 RECIPE = """
 data: {{train: {text}/train, validation: {text}/validation, test: {text}/test, vocab_size: 400}}

@@ -111,6 +111,36 @@ def test_unequal_across_chunks(tmp_path):
                                         for i, (s, t) in enumerate(zip(pairs["source"], pairs["target"])))
 
 
+def test_text_is_read_once_and_mapped(tmp_path, no_cache, monkeypatch):
+    prefix = write(tmp_path)
+    first = load_corpus(train=prefix)["train"]
+    [file] = (tmp_path / "cache/flash_transformer").iterdir()
+    assert [cached["filename"] for cached in first.cache_files] == [str(file)]
+    monkeypatch.setattr("flash_transformer.data.corpora.read_lines", None)         # not to be called again
+    again = load_corpus(train=prefix)["train"]
+    assert again[:] == first[:] and again._fingerprint == first._fingerprint
+
+
+def test_corrected_text_is_read_anew(tmp_path, no_cache):
+    prefix = write(tmp_path)
+    first = load_corpus(train=prefix)["train"]
+    other = load_corpus(train=write(tmp_path, EN.replace("dog", "cat")))["train"]  # as many bytes
+    assert other["source"][0] == "A cat runs." and first["source"][0] == "A dog runs."
+    assert load_corpus(train=prefix, source="de", target="en")["train"]["target"][0] == "A cat runs."
+
+
+def test_reading_that_breaks_off_leaves_nothing(tmp_path, no_cache):
+    with pytest.raises(ValueError, match="25003 lines"): load_corpus(train=write(tmp_path, "a\n" * 25_003, "x\n" * 9))
+    assert not list((tmp_path / "cache/flash_transformer").iterdir())
+
+
+def test_empty_pairs_are_kept_for_those_who_clean(tmp_path, no_cache):
+    prefix = write(tmp_path, "a\n\nc\n", "x\ny\nz\n")
+    with pytest.warns(UserWarning, match="files test: dropped 1 of 3"):
+        corpus = load_corpus(train=prefix, test=prefix, keep_empty=True)
+    assert corpus["train"]["source"][:] == ["a", "", "c"] and corpus["test"]["source"][:] == ["a", "c"]
+
+
 def test_very_long_line_is_kept(tmp_path):
     pairs = load_corpus(train=write(tmp_path, "ab " * 33_334 + "\nb\n", "x\ny\n"))["train"]
     assert [len(text) for text in pairs["source"]] == [100_002, 1]

@@ -7,6 +7,8 @@ __all__ = ['HUB', 'CORPORA', 'read_lines', 'load_corpus']
 
 # %% ../../nbs/3_data/02_corpora.ipynb #2baacccf
 import gzip
+import hashlib
+import os
 import warnings
 import zlib
 from difflib import get_close_matches
@@ -63,21 +65,36 @@ def _find(prefix, language):
 
 # %% ../../nbs/3_data/02_corpora.ipynb #b8db2d12
 def _read_pairs(prefix, source, target):
-    "Two aligned text files as a `Dataset`"
+    "Two aligned text files as a `Dataset`, mapped from the cache of `datasets`"
     paths = [_find(prefix, language) for language in (source, target)]
+    known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    name = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+    place = Path(config.HF_DATASETS_CACHE) / "flash_transformer" / f"{name}.arrow"
+    if not place.is_file():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = place.with_suffix(f".{os.getpid()}")
+        try:
+            _write_pairs(paths, str(unfinished))
+            os.replace(unfinished, place)                    # whole or not at all
+        finally: unfinished.unlink(missing_ok=True)
+    return Dataset.from_file(str(place))
+
+
+def _write_pairs(paths, place):
+    "Two aligned text files as a stream of Arrow's"
     lines = zip_longest(*(read_lines(path) for path in paths))   # None where the shorter file has ended
-    columns = ([], [])
-    while some := list(islice(lines, 10_000)):                   # as Arrow, not as millions of str
-        for column, side in zip(columns, zip(*some)):
-            column.append(pa.array(side, pa.string()))
-    counts = [sum(len(chunk) - chunk.null_count for chunk in column) for column in columns]
+    schema, counts = pa.schema([("source", pa.string()), ("target", pa.string())]), [0, 0]
+    with pa.ipc.new_stream(place, schema) as stream:
+        while some := list(islice(lines, 10_000)):
+            columns = [pa.array(side, pa.string()) for side in zip(*some)]
+            counts = [count + len(column) - column.null_count for count, column in zip(counts, columns)]
+            stream.write_batch(pa.record_batch(columns, schema=schema))
     for path, count in zip(paths, counts):
         if count == 0:
             raise ValueError(f"{path} is empty.")
     if counts[0] != counts[1]:
         raise ValueError(f"{paths[0]} has {counts[0]} lines, {paths[1]} has {counts[1]}:"
                          " line n of the one must be the translation of line n of the other.")
-    return Dataset(pa.table([pa.chunked_array(column) for column in columns], ["source", "target"]))
 
 # %% ../../nbs/3_data/02_corpora.ipynb #2c58b5bb
 def _drop_empty(pairs, name):
@@ -163,11 +180,12 @@ def load_corpus(
     target:str="de",       # language to translate to
     path:str=None,         # local folder of the hub's layout, read in place of the hub
     seed:int=0,            # of the toy corpus, and of what opus_books holds out
+    keep_empty:bool=False, # leave pairs with an empty side in the training split: for those who clean it themselves
 ) -> DatasetDict:          # splits train, validation, test (those there are), columns source and target
     """
     Sentence pairs from any corpus we know.
 
-    Pairs with an empty side are dropped with a warning, from every split. Raises `ValueError` for what cannot be
+    Pairs with an empty side are dropped with a warning. Raises `ValueError` for what cannot be
     right (unknown corpus or language, files of unequal length, text that is not UTF-8), `FileNotFoundError` for
     a missing file, `ConnectionError` when a dataset cannot be loaded from the hub or a copy of it.
     """
@@ -195,5 +213,5 @@ def load_corpus(
     else:
         splits = _load_hub(corpus, source, target, path, seed)
     for name, pairs in splits.items():
-        splits[name] = _drop_empty(pairs, f"{corpus} {name}")
+        if not (keep_empty and name == "train"): splits[name] = _drop_empty(pairs, f"{corpus} {name}")
     return splits
