@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -138,11 +139,11 @@ class TextPieces(Pieces):
         self.rows = np.diff(np.minimum(np.arange(len(self.starts[0])) * lines, counts[0]))
         self.shuffled = not any(path.suffix == ".gz" for path in self.paths)
         self.files = [_lines(path) for path in self.paths]       # stay open, since a .gz cannot be entered midway
-        self.read = lru_cache(1)(self._read)
+        self.read, self.lock = lru_cache(1)(self._read), Lock()  # a file can be at one place at a time
 
     def _read(self, piece):
-        return pa.table([self._side(*side, piece) for side in zip(self.paths, self.files, self.starts)],
-                        ["source", "target"])
+        with self.lock: sides = [self._side(*side, piece) for side in zip(self.paths, self.files, self.starts)]
+        return pa.table(sides, ["source", "target"])
 
     def _side(self, path, file, starts, piece):
         file.seek(starts[piece])
@@ -150,7 +151,8 @@ class TextPieces(Pieces):
         try: text = block.decode()
         except UnicodeDecodeError: _explain(path)
         lines = text.removesuffix("\n").split("\n")
-        if len(lines) != self.rows[piece] or "\0" in text: _explain(path)
+        whole = len(block) == starts[piece + 1] - starts[piece] and len(lines) == self.rows[piece]
+        if "\0" in text or not whole: _explain(path)
         if piece == 0: lines[0] = lines[0].removeprefix("\ufeff")      # the mark some editors put first
         return pa.array([line.removesuffix("\r") for line in lines], pa.string())
 
@@ -186,7 +188,7 @@ class StreamedPairs:
     ): # -> `EncodedPairs`, of no pairs if none was left, or None after the last window
         "The pairs of a window, always the same; raises `ConnectionError` if they cannot be read"
         if index * self.config.window >= len(self): return None
-        wanted, future = self._coming
+        (wanted, future), self._coming = self._coming, (None, None)
         if wanted != (epoch, index): future = self._thread.submit(self._load, epoch, index)
         pairs = future.result()
         following = (epoch, index + 1) if (index + 1) * self.config.window < len(self) else (epoch + 1, 0)
@@ -197,12 +199,9 @@ class StreamedPairs:
         start = index * self.config.window
         order = self.pieces.order(self.config.seed, epoch)
         table = _clean(self.pieces.pairs(order, start, start + self.config.window), self.config)
-        parts = [encode_texts(part["source"].to_pylist(), part["target"].to_pylist(), self.tokenizers,
-                              self.config.max_length) for part in _parts(table)]
-        return join_pairs(parts)
-
-def _parts(table, size=10_000): # at least one
-    return [table.slice(i, size) for i in range(0, max(1, len(table)), size)]
+        parts = (table.slice(i, 10_000) for i in range(0, max(1, len(table)), 10_000))     # at least one
+        return join_pairs([encode_texts(part["source"], part["target"], self.tokenizers, self.config.max_length)
+                           for part in parts])
 
 # %% ../../nbs/3_data/07_streaming.ipynb #1a4ec93e
 def _pieces(config, split): # `DataConfig`
@@ -218,12 +217,13 @@ def _pieces(config, split): # `DataConfig`
     if split not in files:
         raise ValueError(f"Streaming needs a {split} split, but there are: {', '.join(files)}. With text files, name it"
                          f" with --data.{split}; else leave out --data.streaming.")
-    least = max(1, config.window // 100)
-    if prefixes: return TextPieces(files[split], config.source, config.target, least)
-    other = [file for file in files[split] if not file.endswith(".parquet")]
+    other = [] if prefixes else [file for file in files[split] if not file.endswith(".parquet")]
     if other: raise ValueError(f"Only Parquet and text files can be streamed, not {other[0]}:"
                                " leave out --data.streaming.")
-    return ParquetPieces(files[split], config.source, config.target, least)
+    kind = TextPieces if prefixes else ParquetPieces
+    pieces = kind(files[split], config.source, config.target, max(1, config.window // 100))
+    if not pieces.rows.sum(): raise ValueError(f"The {split} split has no pairs.")
+    return pieces
 
 def _files(config): # -> {split: files}
     "The files of a corpus of the hub, or of a local copy; none of them is fetched"
