@@ -291,11 +291,11 @@ class Limit:
     def __init__(self, size): self.size = size
 
     def __enter__(self):
-        resource = pytest.importorskip("resource", reason="Windows has no such limits")
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+        self.resource = pytest.importorskip("resource", reason="Windows has no such limits")
+        self.before = self.resource.getrlimit(self.resource.RLIMIT_FSIZE)
+        self.resource.setrlimit(self.resource.RLIMIT_FSIZE, (self.size, self.before[1]))
 
-    def __exit__(self, *_): sys.modules["resource"].setrlimit(resource.RLIMIT_FSIZE, self.before)
+    def __exit__(self, *_): self.resource.setrlimit(self.resource.RLIMIT_FSIZE, self.before)
 
 
 @pytest.mark.parametrize("size", [0, 100, 600, 1500])
