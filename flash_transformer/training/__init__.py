@@ -2,7 +2,7 @@
 from .checkpoints import RunFolder, StopSignals, load_checkpoint, load_model, save_checkpoint, whole
 from .dry_run import DryRun, dry_run
 from .optimisation import adam, label_smoothed_loss, paper_peak, warmup_inverse_sqrt
-from .precision import choose_precision, compile_blocks, matmul_ceiling, peak_memory, training_flops
+from .precision import choose_precision, compile_blocks, matmul_ceiling, peak_memory, saved_bytes, training_flops
 from .processes import (
     add_up,
     agree,
