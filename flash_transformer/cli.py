@@ -28,7 +28,7 @@ from . import attention as attention_room
 from .config import Recipe, add_recipe, one_line, to_recipe
 from .data import DataConfig, Prepared, TokenizerPair, corpus_of, load_corpus, prepare
 from .model import Transformer, TransformerConfig
-from .training import RunFolder, Trainer, all_alive, choose_precision, dry_run, start_accelerator
+from .training import RunFolder, Trainer, agree, all_alive, choose_precision, dry_run, start_accelerator
 from .translation import DecodeConfig, Translator
 from .translation import evaluate as evaluate_translator
 
@@ -144,9 +144,8 @@ def _new_model(recipe: Recipe, tokenizers: TokenizerPair) -> Transformer:
 
 def _described(trainer: Trainer) -> str:
     parameters = sum(p.numel() for p in trainer.bare.parameters())
-    pairs = trainer.course.pairs
-    return (f"{parameters:,} parameters, {f'{len(pairs):,} pairs' if hasattr(pairs, '__len__') else 'a stream of pairs'}"
-        f", {trainer.precision} on {trainer.accelerator.device}"
+    return (f"{parameters:,} parameters, {len(trainer.course.pairs):,} pairs, "
+        f"{trainer.precision} on {trainer.accelerator.device}"
         f"{f', {trainer.world} processes ({trainer.config.parallel})' if trainer.world > 1 else ''}")
 
 # %% ../nbs/cli.ipynb #e7319e6c
@@ -171,6 +170,7 @@ def train(
             prepared.tokenizers.save(run)
         recipe.save(run / "config.yaml")
         print(_described(trainer), flush=True)
+    with all_alive(run): agree(0)                              # nobody looks into the folder before it is in order
     best = trainer.fit(resume)
     if trainer.main: print(f"lowest validation loss {best:.3f} nats a token\nweights in {run / 'model.safetensors'}, "
         f"checkpoints in {run / 'checkpoints'}, metrics in {run / 'metrics.jsonl'}")
