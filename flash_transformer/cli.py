@@ -28,7 +28,15 @@ from . import attention as attention_room
 from .config import Recipe, add_recipe, one_line, to_recipe
 from .data import DataConfig, Prepared, TokenizerPair, corpus_of, load_corpus, prepare
 from .model import Transformer, TransformerConfig
-from .training import RunFolder, Trainer, agree, all_alive, choose_precision, dry_run, start_accelerator
+from flash_transformer.training import (
+    RunFolder,
+    Trainer,
+    agree,
+    all_alive,
+    choose_precision,
+    dry_run,
+    start_accelerator,
+)
 from .translation import DecodeConfig, Translator
 from .translation import evaluate as evaluate_translator
 

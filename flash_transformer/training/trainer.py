@@ -368,7 +368,7 @@ class Trainer(_Bounds):
                     if self.at.step % self.config.checkpoint_every == 0 or self._finished(): self._validate(bar)
                     stop = agree(signals.received)
                     if stop and not self._finished(): self._stop(signal.Signals(stop).name)
-                if self.at.stopped is not None: self._validate(bar) # resumed where it had stopped, and told to end there
+                if self.at.stopped is not None: self._validate(bar) # resumed where it had stopped, told to end there
             self._write_weights()
         for tracker in self.accelerator.trackers: tracker.finish()
         return self.at.best
