@@ -6,7 +6,7 @@
 
 A step is forward, backward and Adam over the same batch of sentence pairs, its tokens at once or in parts. Time: the
 settings in turns within each round, after a warm-up; the median of the rounds. Peak memory: a fresh process per
-setting, how far its resident set (getrusage's ru_maxrss) rises in the first whole step above what weights, gradients
+setting, how far its largest resident set (`peak_memory`) rises in the first whole step above what weights, gradients
 and Adam's averages take, which a step on a few words has made before; on a GPU torch.cuda.max_memory_allocated,
 likewise. Kept: the bytes that autograd keeps of a forward pass (`saved_bytes`), without weights. Loss: that process
 goes on for a few more steps of the same batch. Utilisation: the FLOPs of the batch's real tokens (`training_flops`),

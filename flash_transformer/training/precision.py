@@ -10,9 +10,11 @@ __all__ = ['DTYPES', 'choose_precision', 'training_flops', 'matmul_ceiling', 'pe
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,9 +68,12 @@ def peak_memory(device: torch.device) -> int: # bytes
     "The most memory used so far: by tensors on a CUDA device; else by the whole process, Python and libraries included"
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        import psutil                                           # comes with Accelerate
+        import psutil                                            # comes with Accelerate
         return psutil.Process().memory_info().peak_wset
-    import resource                                             # not on Windows
+    status = Path("/proc/self/status")                           # Linux: as getrusage tells it, but without the peak
+    if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):   # of whoever started us
+        return 1024 * int(found[1])
+    import resource                                              # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../../nbs/4_training/02_precision.ipynb #7e84ffa1
@@ -95,8 +100,19 @@ def close(residual, x, y): # what a `Residual` does after its sub-layer; with Py
 def network(feed_forward, x): return nn.Sequential.forward(feed_forward, x)
 
 
+def check_compiler(device): # "cpu", "cuda"
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise OSError("torch.compile needs Triton on a GPU: pip install triton, or set train.compile to false")
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if device == "cpu" and not shutil.which(compiler):
+        raise OSError(f"torch.compile needs a C++ compiler on a CPU, and there is no {compiler}: install it, name "
+                      "another in the environment variable CXX, or set train.compile to false")
+
+
 @functools.cache
-def compiled(function): return torch.compile(function, dynamic=True)     # one for all layers, lengths and batch sizes
+def compiled(function, device):
+    check_compiler(device)
+    return torch.compile(function, dynamic=True)     # one for all layers, lengths and batch sizes
 
 # %% ../../nbs/4_training/02_precision.ipynb #1b97953a
 class FusedResidual(Residual):
@@ -104,26 +120,18 @@ class FusedResidual(Residual):
     def forward(self, x, sublayer):
         if not self.training: return super().forward(x, sublayer)
         y = sublayer(self.norm(x) if self.pre else x)
-        return compiled(close)(self, x, y)
+        return compiled(close, x.device.type)(self, x, y)
 
 
 class FusedFeedForward(FeedForward):
     "A `FeedForward` that is compiled for training; elsewhere what it was"
     def forward(self, x):
-        if not self.training: return super().forward(x)
-        return compiled(network)(self, x)
+        return compiled(network, x.device.type)(self, x) if self.training else super().forward(x)
 
 # %% ../../nbs/4_training/02_precision.ipynb #a782ba31
 def compile_blocks(model: Transformer):
-    """Let torch.compile fuse what happens between the matrix products of each block in training, in place: no parameter
-    changes its name. Raises OSError where the compiler that it needs is missing"""
-    device = next(model.parameters()).device
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise OSError("torch.compile needs Triton on a GPU: pip install triton, or set train.compile to false")
-    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if device.type == "cpu" and not shutil.which(compiler):
-        raise OSError(f"torch.compile needs a C++ compiler on a CPU, and there is no {compiler}: install it, name "
-                      "another in the environment variable CXX, or set train.compile to false")
+    """Let torch.compile fuse what happens around the matrix products of each block in training, in place: no parameter
+    changes its name. The first step takes longer; it raises OSError where the compiler that is needed is missing"""
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         block.feed_forward.__class__ = FusedFeedForward             # the same weights, another `forward`
         for residual in block.residuals: residual.__class__ = FusedResidual
