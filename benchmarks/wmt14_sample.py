@@ -69,7 +69,7 @@ def measure(data, scaled):
             asked = [path for method, path in hub.asked if method == "GET" and path.endswith(".parquet")]
         result = curves(run)
         recipe = yaml.safe_load((run / "config.yaml").read_text())
-        report = run / "data" / "cleaning.json"
+        report = run / "data" / "report.json"
         return {"scaled": scaled, "recipe": recipe, "dry_run": dry,
                 "cleaning": json.loads(report.read_text()) if report.exists() else None,
                 "preprocess": [line.replace(str(folder), "") for line in prepared], "preprocess_seconds": preparing,
@@ -79,7 +79,7 @@ def measure(data, scaled):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder of the layout of wmt/wmt14 on the hub")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "wmt14_sample.json")
     options = parser.parse_args()
     result = measure(options.data, SCALED | {"train.max_steps": options.steps,
