@@ -96,6 +96,7 @@ def test_script_takes_a_share():
     assert [of(letters(k, 100), "de") for k in (0, 3, 4, 100)] == [0, 0, 1, 1]
     assert [of(letters(k, 100, "\ufffd"), "de") for k in (3, 4)] == [0, 1]         # no character at all
     assert [of(letters(100 - k, 100), "ru") for k in (49, 50, 51)] == [0, 0, 1]    # k Latin letters of 100
+    assert not of("3 µm ʼ 7 µF", "en") and not of("µµµ ー", "ru")                   # letters of no script in particular
     assert of("Größe".encode().decode("cp1251"), "de") and not of("Größe", "de")
     assert [of("мост", code) for code in ("de-AT", "de_CH", "DE", "sr", "nonsense", "ru-RU")] == [1, 1, 1, 0, 0, 0]
 
