@@ -12,12 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from flash_transformer.data import DataConfig, EncodedPairs, StreamedPairs, read_split, stream
 from flash_transformer.data.corpora import load_corpus
 from flash_transformer.data.streaming import ParquetPieces, Pieces
+from flash_transformer.model import Transformer, TransformerConfig
+from flash_transformer.training import TrainConfig, Trainer
 
 ARRAYS = ("source", "source_offsets", "target", "target_offsets")
 CARD = """---
@@ -246,7 +250,10 @@ def test_sentences(recipe, texts, layout, tmp_path):
         with pytest.raises(error, match=message) as caught: stream(recipe(*arguments, **changes))
         assert "\n" not in str(caught.value)
 
-    refused(ValueError, "'toy' is made in memory, .*--data.streaming", corpus="toy", path=None)
+    refused(ValueError, "the corpus here is 'toy': leave out --data.streaming", corpus="toy", path=None)
+    refused(ValueError, "the corpus here is 'files': leave out", corpus="files", path=None)
+    refused(ValueError, "path replaces the hub", "text", path=str(layout))
+    refused(ValueError, "data.window must be at least 1, not 0", window=0)
     refused(ValueError, "no cleaning rule 'copi'.*Did you mean 'copy'", clean=["copi"])
     refused(ValueError, "both 'en'", target="en")
     refused(ConnectionError, r"Could not read .*wmt14 \(.*'fr-en' not found.*Ways out", target="fr")
@@ -305,6 +312,28 @@ def test_what_goes_wrong_ahead_is_said_when_it_is_asked_for_and_may_heal(recipe)
     with pytest.raises(ConnectionError, match="gone"): train.window(0, 2)
     down.clear()
     assert equal(train.window(0, 2), undisturbed[2]) and equal(train.window(0, 3), undisturbed[3])
+
+
+# ---- training ----
+
+def test_resumed_training_is_the_same(recipe, tmp_path):
+    "Stopped in the second epoch, within a window, and taken up by another `StreamedPairs`, as in another process"
+    def trainer(run, steps):
+        tokenizers, train, validation = stream(recipe(window=60, clean=["duplicates"]))
+        torch.manual_seed(0)
+        shape = TransformerConfig(d_model=16, d_ff=32, heads=2, encoder_layers=1, decoder_layers=1, dropout=0.1,
+                                  source_vocab_size=tokenizers.source_size, target_vocab_size=tokenizers.target_size)
+        config = TrainConfig(max_steps=steps, tokens_per_batch=200, warmup_steps=5, checkpoint_every=5, log_every=1,
+                             precision="float32")
+        return Trainer(Transformer(shape), train, validation, config, tmp_path / run)
+
+    trainer("whole", 30).fit()
+    first = trainer("parts", 18)
+    first.fit()
+    assert first.at.epoch == 1 and first.at.window > 0 and first.at.batch > 0, first.at
+    trainer("parts", 30).fit(resume=True)
+    whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 # ---- the hub, over HTTP ----

@@ -209,8 +209,10 @@ def _pieces(config, split): # `DataConfig`
     prefixes = {"train": config.train, "validation": config.validation, "test": config.test}
     prefixes = {name: prefix for name, prefix in prefixes.items() if prefix is not None}
     if config.corpus not in HUB and not prefixes:
-        raise ValueError(f"The corpus {config.corpus!r} is made in memory, there is nothing to stream:"
-                         " leave out --data.streaming.")
+        raise ValueError("Text files, named by --data.train, and corpora of the hub can be streamed; the corpus here"
+                         f" is {config.corpus!r}: leave out --data.streaming.")
+    if config.path is not None and prefixes:
+        raise ValueError(f"path replaces the hub for {', '.join(HUB)}; the corpus here is 'files'.")
     if config.source == config.target:
         raise ValueError(f"Source and target are both {config.source!r}: a translation needs two.")
     files = prefixes or _files(config)
@@ -252,6 +254,7 @@ def stream(
 ):                   # -> tokenizers, `StreamedPairs` to train on, `EncodedPairs` to validate on
     "What `prepare` returns, for a corpus that is streamed; raises `ValueError`, `OSError` or `ConnectionError`"
     check_rules(config.clean)
+    if config.window < 1: raise ValueError(f"data.window must be at least 1, not {config.window}.")
     validation, pieces = read_split(config, "validation"), _pieces(config, "train")
     if tokenizers is None:
         some = pieces.pairs(pieces.order(config.seed, 0), 0, config.tokenizer_pairs or config.window)
