@@ -70,8 +70,8 @@ def peak_memory(device: torch.device) -> int: # bytes
     if sys.platform == "win32":
         import psutil                                            # comes with Accelerate
         return psutil.Process().memory_info().peak_wset
-    status = Path("/proc/self/status")                           # Linux: as getrusage tells it, but without the peak
-    if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):   # of whoever started us
+    status = Path("/proc/self/status")            # Linux: here the peak of whoever started this process is left out
+    if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):
         return 1024 * int(found[1])
     import resource                                              # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
