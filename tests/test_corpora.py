@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,13 @@ def test_local_copy(hub_folder, no_cache, corpus, source, target):
         for i, pair in enumerate(pairs):
             for side, language in ("source", source), ("target", target):
                 assert pair[side].startswith(language) and pair[side].endswith(f" {i}")
+
+
+def test_local_copy_that_was_changed(hub_folder, no_cache, tmp_path):
+    copy = shutil.copytree(hub_folder / "wmt/wmt14", tmp_path / "copy")
+    assert sizes(load_corpus("wmt14", path=copy)) == SPLITS
+    pq.write_table(structs("de", "en", n=39), copy / "de-en/train-00000-of-00001.parquet")
+    assert sizes(load_corpus("wmt14", path=copy)) == SPLITS | {"train": 39}
 
 
 def test_empty_sides_of_a_hub_corpus(hub_folder, no_cache):

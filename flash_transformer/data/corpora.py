@@ -64,12 +64,21 @@ def _find(prefix, language):
                             f"A split is given as PREFIX, and PREFIX.{language} is read.")
 
 # %% ../../nbs/3_data/02_corpora.ipynb #b8db2d12
+def _state(paths):
+    "Names of files, their sizes and times of last change: what says that they are what they were"
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _cache(paths):
+    "A name in the cache of `datasets` for what is made of these files as they are now"
+    known = repr(_state(path.resolve() for path in paths))
+    return Path(config.HF_DATASETS_CACHE) / "flash_transformer" / hashlib.sha256(known.encode()).hexdigest()[:32]
+
+
 def _read_pairs(prefix, source, target):
     "Two aligned text files as a `Dataset`, mapped from the cache of `datasets`"
     paths = [_find(prefix, language) for language in (source, target)]
-    known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    name = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
-    place = Path(config.HF_DATASETS_CACHE) / "flash_transformer" / f"{name}.arrow"
+    place = _cache(paths).with_suffix(".arrow")
     if not place.is_file():
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished = place.with_suffix(f".{os.getpid()}")
@@ -155,8 +164,10 @@ def _load_hub(corpus, source, target, path, seed):
     where, name = str(path or HUB[corpus]), _config(corpus, source, target)
     if path is not None and not Path(path).is_dir():
         raise FileNotFoundError(f"There is no folder {path}; path is a local copy of {HUB[corpus]}.")
+    # of local files `datasets` minds the names alone: give each state of them a cache of its own
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if path else []
     try:
-        splits = load_dataset(where, name)
+        splits = load_dataset(where, name, cache_dir=str(_cache(files)) if files else None)
     except Exception as error:   # the hub's libraries raise a dozen unrelated types
         reason = " ".join(str(error).split())[:200].rstrip(".")
         asked = f"{where}, config {name}," if name else where

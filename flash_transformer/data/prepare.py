@@ -6,13 +6,25 @@
 __all__ = ['DataConfig', 'corpus_of', 'Prepared', 'prepare']
 
 # %% ../../nbs/3_data/06_prepare.ipynb #edca79da
+import errno
+import hashlib
 import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from .batches import EncodedPairs
-from .corpora import load_corpus
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from .batches import EncodedPairs, encode_texts, write_array
+from .cleaning import Report, check_rules, first_occurrences, pair_hashes, taken_by
+from .corpora import _find, _state, load_corpus
 from .tokenizers import TokenizerPair
 
 # %% ../../nbs/3_data/06_prepare.ipynb #68fe87a7
@@ -38,59 +50,250 @@ class DataConfig:
     window: int = 100_000         # pairs held at a time when streaming
 
 # %% ../../nbs/3_data/06_prepare.ipynb #46cbd875
-def corpus_of(config: DataConfig):
+def corpus_of(
+    config: DataConfig,
+    keep_empty: bool = False, # as in `load_corpus`
+):
     "The `DatasetDict` that `config` names; raises what `load_corpus` raises"
     return load_corpus(config.corpus, config.train, config.validation, config.test, config.source, config.target,
-        config.path, config.seed)
+        config.path, config.seed, keep_empty)
 
 # %% ../../nbs/3_data/06_prepare.ipynb #45ab2d4c
+FORMAT = 1   # of what lies in the folder: to be raised when that changes
+
+
+def _key(*what):
+    "A fingerprint of anything that JSON can write"
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _files_of(config):
+    "Names, sizes and times of the files that pairs are read from; None if they are not at hand (any more)"
+    prefixes = [prefix for prefix in (config.train, config.validation) if prefix is not None]
+    try:
+        paths = [_find(prefix, language) for prefix in prefixes for language in (config.source, config.target)]
+        if config.path and not prefixes: paths = sorted(p for p in Path(config.path).rglob("*") if p.is_file())
+        if config.path and not paths: return None
+        return _state(paths)
+    except OSError: return None
+
+
+def _content(tokenizers): return _key(tokenizers.source.to_str(), tokenizers.target.to_str())
+
+# %% ../../nbs/3_data/06_prepare.ipynb #6e84df1d
+def _read(folder):
+    "Settings that the folder's content was made with, and the fingerprints; None twice if nothing whole lies there"
+    try:
+        settings = json.loads((Path(folder) / "data.json").read_text())
+        return settings, settings.pop("stamp")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError): return None, None
+
+
+def _settings_of(folder): return _read(folder)[0]
+
+
+def _is_current(folder, config, tokenizers):
+    "Does the folder hold what `prepare` would make?"
+    settings, stamp = _read(folder)
+    if settings != asdict(config) or stamp.get("format") != FORMAT: return False
+    files = _files_of(config)
+    if files is not None and _key(files) != stamp["files"]: return False
+    return _content(tokenizers or TokenizerPair.load(folder)) == stamp["tokenizers"]
+
+# %% ../../nbs/3_data/06_prepare.ipynb #59149c3c
 @dataclass
 class Prepared:
     "What training needs of a corpus"
     tokenizers: TokenizerPair
     train: EncodedPairs
     validation: EncodedPairs
+    report: Report            # what the cleaning took of the training split
+
+    @classmethod
+    def load(cls,
+        folder: str | Path, # where `prepare` wrote
+    ):
+        "What `prepare` wrote, mapped; raises `ValueError` or `FileNotFoundError` for files damaged or missing"
+        folder = Path(folder)
+        try: splits = [EncodedPairs.open(folder / name) for name in ("train", "validation")]
+        except (ValueError, OSError) as e:
+            raise ValueError(f"{' '.join(str(e).split())}: remove {folder} to prepare it again") from e
+        return cls(TokenizerPair.load(folder), *splits, Report.load(folder / "report.json"))
 
     def save(self,
         folder: str | Path, # made if it is not there
         config: DataConfig, # what it was prepared from
     ):
-        "Write tokenizers, ids and `config`"
-        folder = Path(folder)
-        (folder / "data.json").unlink(missing_ok=True)
-        self.tokenizers.save(folder)
-        for name in ("train", "validation"): getattr(self, name).save(folder / name)
-        (folder / "data.json").write_text(json.dumps(asdict(config)))     # last: it says that the rest is whole
+        "Write a copy"
+        if _is_current(Path(folder), config, self.tokenizers): return
+        work = Path(folder) / "unfinished-copy"
+        shutil.rmtree(work, ignore_errors=True)
+        for name in ("train", "validation"): getattr(self, name).save(work / name)
+        _finish(work, Path(folder), config, _files_of(config), self.tokenizers, self.report)
 
-    @classmethod
-    def load(cls,
-        folder: str | Path, # where `save` wrote
-    ):
-        "What `save` wrote; raises `ValueError` or `FileNotFoundError` for a file that is damaged or missing"
-        folder = Path(folder)
-        try: splits = [EncodedPairs.open(folder / name) for name in ("train", "validation")]
-        except (ValueError, OSError) as e:
-            raise ValueError(f"{e}: remove {folder} to prepare it again") from e
-        return cls(TokenizerPair.load(folder), *splits)
+# %% ../../nbs/3_data/06_prepare.ipynb #b6ab9db0
+class _Drawn:
+    "Pairs at even distances over a split, cleaned: parts of them, as lists of sentences"
+    def __init__(self, pairs, config, rules):
+        self.pairs, self.config, self.rules = pairs.with_format("arrow"), config, rules
+        self.rows = np.linspace(0, len(pairs) - 1, len(self)).astype(np.int64)
 
-# %% ../../nbs/3_data/06_prepare.ipynb #6e84df1d
-def _settings_of(folder): # what lies there was made with these; None if nothing whole lies there
-    try: return json.loads((Path(folder) / "data.json").read_text())
-    except (OSError, ValueError): return None
+    def __len__(self): return min(len(self.pairs), self.config.tokenizer_pairs or len(self.pairs))
+
+    def __iter__(self):
+        with tqdm(total=len(self), desc="for the tokenizer", unit=" pairs", unit_scale=True, disable=None) as bar:
+            for start in range(0, len(self.pairs), 10_000):
+                first, last = np.searchsorted(self.rows, (start, start + 10_000))
+                part = self.pairs[start:start + 10_000].take(self.rows[first:last] - start).combine_chunks()
+                stays = pa.array(taken_by(part["source"], part["target"], self.config, self.rules) < 0)
+                yield {side: part[side].filter(stays).to_pylist() for side in ("source", "target")}
+                bar.update(len(part))
 
 
+def _learn(pairs, config, rules, work):
+    "Tokenizers of a recipe, kept in `work`"
+    try: return TokenizerPair.load(work)         # of an earlier call that broke off
+    except (ValueError, OSError): pass
+    tokenizers = TokenizerPair.train(_Drawn(pairs, config, rules), config.tokenizer, config.vocab_size, config.joint)
+    tokenizers.save(work)
+    return tokenizers
+
+# %% ../../nbs/3_data/06_prepare.ipynb #cdcda39b
+SHARD = 50_000   # pairs
+
+
+def _make_shard(part, first, tokenizers, config, rules, place):
+    "Clean and encode some pairs (Arrow table; which of them come for the first time, or None) into a folder"
+    source, target = (part[side].combine_chunks() for side in ("source", "target"))
+    taker = taken_by(source, target, config, rules)
+    if first is not None:
+        rule = rules.index("duplicates")
+        taker[~first & ((taker < 0) | (taker > rule))] = rule       # those that a later rule took are taken before
+    stays, report = pa.array(taker < 0), Report()
+    pairs = encode_texts(source.filter(stays), target.filter(stays), tokenizers, config.max_length)
+    report.add(rules, taker)
+    report.take("too_long", pairs.dropped)
+    unfinished = place.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pairs.save(unfinished)
+    report.save(unfinished / "report.json")
+    os.replace(unfinished, place)
+
+# %% ../../nbs/3_data/06_prepare.ipynb #92b5b822
+def _first(pairs, pool):
+    "Which pairs of a split come for the first time: (pairs,) bool"
+    hashes = np.empty(len(pairs), np.uint64)
+    def part(start):
+        table = pairs[start:start + SHARD]
+        hashes[start:start + SHARD] = pair_hashes(table["source"], table["target"])
+    starts = range(0, len(pairs), SHARD)
+    for _ in tqdm(pool.map(part, starts), "looking for duplicates", len(starts), unit=" shards", disable=None): pass
+    return first_occurrences(hashes)
+
+
+def _make_shards(pairs, tokenizers, config, rules, folder):
+    "Clean and encode a split, but for what lies in `folder` already -> the shards' folders"
+    folder.mkdir(exist_ok=True)
+    pairs = pairs.with_format("arrow")
+    places = [folder / f"{number:06d}" for number in range(-(-len(pairs) // SHARD))]
+    missing = [number for number, place in enumerate(places) if not place.is_dir()]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        first = _first(pairs, pool) if "duplicates" in rules and missing else None
+
+        def make(number):
+            rows = slice(number * SHARD, min(len(pairs), (number + 1) * SHARD))
+            _make_shard(pairs[rows], None if first is None else first[rows], tokenizers, config, rules, places[number])
+            return rows.stop - rows.start
+
+        with tqdm(total=len(pairs), desc="cleaning and encoding", unit=" pairs", unit_scale=True, disable=None,
+                  initial=len(pairs) - sum(min(SHARD, len(pairs) - number * SHARD) for number in missing)) as bar:
+            try:
+                for done in as_completed([pool.submit(make, number) for number in missing]): bar.update(done.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)      # the others need not be tried
+                raise
+    return places
+
+# %% ../../nbs/3_data/06_prepare.ipynb #257d9365
+def _join(places, folder):
+    "Shards as one `EncodedPairs` on disk -> `Report`"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    report = Report()
+    for shard in (Report.load(place / "report.json") for place in places):
+        report.pairs += shard.pairs
+        for rule, n in shard.taken.items(): report.take(rule, n)
+    if not report.kept:
+        took = ", ".join(f"{rule} took {n:,}" for rule, n in report.taken.items() if n)
+        raise ValueError(f"No training pairs left: of {report.pairs:,}, {took}.")
+    for side in "source", "target":
+        def arrays(name): return [np.load(place / f"{name}.npy", mmap_mode="r") for place in places]
+        tokens, offsets = arrays(side), arrays(f"{side}_offsets")
+        starts = np.cumsum([0, *map(len, tokens)])
+        write_array(folder / f"{side}.npy", tokens[0].dtype, starts[-1], tokens)
+        moved = (here[1:] + start for here, start in zip(offsets, starts))
+        write_array(folder / f"{side}_offsets.npy", np.int64, report.kept + 1, chain([np.zeros(1)], moved))
+    (folder / "pairs.json").write_text(json.dumps({"dropped": report.taken["too_long"]}))
+    return report
+
+
+def _finish(work, folder, config, files, tokenizers, report):
+    "Put the splits that lie in `work` into their place, and say that they are whole"
+    (folder / "data.json").unlink(missing_ok=True)
+    for name in "train", "validation":
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.replace(work / name, folder / name)
+    tokenizers.save(folder)
+    report.save(folder / "report.json")
+    stamp = {"format": FORMAT, "files": _key(files), "tokenizers": _content(tokenizers)}
+    (work / "data.json").write_text(json.dumps(asdict(config) | {"stamp": stamp}, indent=1))
+    os.replace(work / "data.json", folder / "data.json")     # last: it says that the rest is whole
+    shutil.rmtree(work)
+
+# %% ../../nbs/3_data/06_prepare.ipynb #236fed5a
 def prepare(
     config: DataConfig,
-    folder: str | Path | None = None,         # where an earlier `Prepared.save` of the same config may lie
-    tokenizers: TokenizerPair | None = None,  # learned on the training split if not given
+    folder: str | Path | None = None,        # takes the result, or has it from an earlier call; None: nothing is kept
+    tokenizers: TokenizerPair | None = None, # learned on the training split if not given
 ) -> Prepared:
-    "Corpus, tokenizers and ids of a recipe; raises what `load_corpus`, `TokenizerPair` and `EncodedPairs` raise"
-    if folder and _settings_of(folder) == asdict(config): return Prepared.load(folder)
-    corpus = corpus_of(config)
-    for split in ("train", "validation"):
-        if split not in corpus:
-            raise ValueError(f"training needs a {split} split, but there are: {', '.join(corpus)}."
-                             f" Name it with --data.{split}")
-    tokenizers = tokenizers or TokenizerPair.train(corpus["train"], config.tokenizer, config.vocab_size, config.joint)
-    return Prepared(tokenizers, EncodedPairs.encode(corpus["train"], tokenizers, config.max_length),
-        EncodedPairs.encode(corpus["validation"], tokenizers))
+    """Corpus, tokenizers and ids of a recipe; a call that was killed is taken up where it was.
+
+    Raises what `load_corpus` and `TokenizerPair.train` raise, `ValueError` when no pairs are left, and `OSError` when
+    the disk is full."""
+    if folder is None:                                         # the files live until nobody maps them any more
+        with tempfile.TemporaryDirectory() as place: return prepare(config, place, tokenizers)
+    folder = Path(folder)
+    if not _is_current(folder, config, tokenizers):
+        check_rules(config.clean)
+        files = _files_of(config)                              # now: should they change on the way, it will be seen
+        corpus = corpus_of(config, keep_empty=True)            # the rule `empty` will see to them
+        for split in "train", "validation":
+            if split not in corpus:
+                raise ValueError(f"training needs a {split} split, but there are: {', '.join(corpus)}."
+                                 f" Name it with --data.{split}")
+        try: _prepare(config, folder, tokenizers, corpus, files)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+            raise OSError(f"no space left for {folder}: make room, start again, and it goes on from here") from e
+    return Prepared.load(folder)
+
+
+def _prepare(config, folder, tokenizers, corpus, files):
+    made_from = files or [corpus[split]._fingerprint for split in ("train", "validation")]
+    work = folder / f"unfinished-{_key(FORMAT, SHARD, asdict(config), made_from)}"
+    for other in folder.glob("unfinished-*"):
+        if other != work: shutil.rmtree(other, ignore_errors=True)
+    new = [place for place in (work, *work.parents) if not place.exists()]
+    work.mkdir(parents=True, exist_ok=True)
+    rules = [rule for rule in config.clean if rule != "too_long"]       # that one comes when there are tokens
+    if "empty" not in rules: rules.insert(0, "empty")
+    try:
+        tokenizers = tokenizers or _learn(corpus["train"], config, rules, work)
+        shards = _make_shards(corpus["train"], tokenizers, config, rules, work / _content(tokenizers))
+        report = _join(shards, work / "train")
+        EncodedPairs.encode(corpus["validation"], tokenizers).save(work / "validation")
+    except ValueError:                      # these settings never will do: leave nothing of them
+        shutil.rmtree(work)
+        for place in new[1:]: place.rmdir()
+        raise
+    _finish(work, folder, config, files, tokenizers, report)

@@ -181,10 +181,9 @@ class TokenizerPair:
         folder.mkdir(parents=True, exist_ok=True)
         for name in "tokenizer", "source", "target":
             (folder / f"{name}.json").unlink(missing_ok=True)
-        if self.joint:
-            self.source.save(str(folder / "tokenizer.json"))
-        else:
-            self.source.save(str(folder / "source.json")), self.target.save(str(folder / "target.json"))
+        sides = [("tokenizer", self.source)] if self.joint else [("source", self.source), ("target", self.target)]
+        for name, tokenizer in sides:
+            (folder / f"{name}.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     @classmethod
     def load(cls, folder): # where `save` wrote
