@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from . import attention as attention_room
 from .config import Recipe, add_recipe, one_line, to_recipe
-from .data import DataConfig, Prepared, TokenizerPair, corpus_of, load_corpus, prepare
+from .data import DataConfig, Prepared, Report, TokenizerPair, corpus_of, load_corpus, prepare, stream
 from .model import Transformer, TransformerConfig
 from flash_transformer.training import (
     RunFolder,
@@ -75,7 +75,7 @@ def _refuse_other_data(recipe: Recipe, run: Path):
     before = before if isinstance(before, dict) else {}
     changed = [f"data.{name}" for name, value in asdict(recipe.data).items() if before.get(name) != value]
     if changed: raise ValueError(f"{path} was made with another {', '.join(changed)}: "
-        f"prepare again with preprocess --overwrite, or choose another --run")
+        f"prepare again with --overwrite, or choose another --run")
 
 # %% ../nbs/cli.ipynb #39f5bfc2
 def preprocess(
@@ -86,11 +86,11 @@ def preprocess(
     "Load the corpus, learn its tokenizers, encode it; `train` with the same --run then starts at once"
     _refuse_existing(run, overwrite, keep=("data",))
     if not overwrite: _refuse_other_data(recipe, run)
-    prepared = prepare(recipe.data, None if overwrite else run / "data")
+    if recipe.data.streaming: raise ValueError("data.streaming keeps nothing of a corpus: leave preprocess away, or it")
+    prepared = prepare(recipe.data, run / "data")
     _clear(run, keep=("data",))
-    prepared.save(run / "data", recipe.data)
     tokenizers, train = prepared.tokenizers, prepared.train
-    print(f"{len(train):,} training pairs ({train.dropped:,} longer than {recipe.data.max_length} tokens left out), "
+    print(f"{prepared.report}\n\n{len(train):,} training pairs, "
         f"{int(train.source_lengths.sum()):,} source and {int(train.target_lengths.sum()):,} target tokens\n"
         f"{len(prepared.validation):,} validation pairs; vocabulary of {tokenizers.source_size:,}"
         f"{'' if tokenizers.joint else f' and {tokenizers.target_size:,}'} tokens\nprepared in {run / 'data'}")
@@ -138,14 +138,23 @@ def _refuse_to_train(recipe: Recipe, run: Path, resume: bool, overwrite: bool):
     if resume and overwrite: raise ValueError("--resume goes on with a run, --overwrite throws it away: give one")
     if resume and not RunFolder(run).checkpoints():
         raise FileNotFoundError(f"{run} holds no checkpoint to resume from: train without --resume")
-    if resume: _refuse_other_model(recipe, run)
-    else: _refuse_existing(run, overwrite, keep=("data",))
-    _refuse_other_data(recipe, run)
+    if resume: return _refuse_other_model(recipe, run)
+    _refuse_existing(run, overwrite, keep=("data",))
+    if not overwrite: _refuse_other_data(recipe, run)
+    if recipe.model.tie_embeddings == "all" and not recipe.data.joint:    # their sizes may happen to be equal
+        raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
+
+def _prepared(recipe: Recipe, run: Path, resume: bool, first: bool) -> Prepared: # is this the first process?
+    "What `prepare` returns; of a corpus that is streamed, its folder keeps the tokenizers alone"
+    learned = TokenizerPair.load(run) if resume else None
+    if not recipe.data.streaming: return prepare(recipe.data, run / "data", learned)
+    if not first and not resume: learned = TokenizerPair.load(run / "data")    # where the first one has put them
+    prepared = Prepared(*stream(recipe.data, learned), Report())
+    if not learned: prepared.tokenizers.save(run / "data")
+    return prepared
 
 def _new_model(recipe: Recipe, tokenizers: TokenizerPair) -> Transformer:
-    "The recipe's model with its first weights; raises ValueError when its vocabularies do not fit"
-    if recipe.model.tie_embeddings == "all" and not tokenizers.joint:     # their sizes may happen to be equal
-        raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
+    "The recipe's model with its first weights"
     torch.manual_seed(recipe.train.seed)
     sizes = {"source_vocab_size": tokenizers.source_size, "target_vocab_size": tokenizers.target_size}
     return Transformer(TransformerConfig(**vars(recipe.model) | sizes))
@@ -168,7 +177,7 @@ def train(
     processes = start_accelerator(recipe.train.precision)
     with all_alive(run), processes.main_process_first():       # the first one prepares, the others open what it left
         if processes.is_main_process: _refuse_to_train(recipe, run, resume, overwrite)
-        prepared = prepare(recipe.data, run / "data", TokenizerPair.load(run) if resume else None)
+        prepared = _prepared(recipe, run, resume, processes.is_main_process)
     model = _new_model(recipe, prepared.tokenizers)
     show = _show_samples(prepared, recipe.decode)
     trainer = Trainer(model, prepared.train, prepared.validation, recipe.train, run, show)

@@ -44,7 +44,7 @@ class DataConfig:
     max_length: int = 256         # training pairs with more tokens on a side are left out
     seed: int = 0                 # of a generated or split corpus
     clean: list[str] = field(default_factory=list) # rules for training pairs, in this order
-    max_ratio: float = 3.0        # of the rule ratio: this many times the other side's characters
+    max_ratio: float = 2.0        # of the rule ratio: this many times the other side's characters
     tokenizer_pairs: int | None = None # the tokenizer learns from so many, drawn evenly; null: all
     streaming: bool = False       # read training pairs as a stream; nothing of it is kept on disk
     window: int = 100_000         # pairs held at a time when streaming
@@ -225,7 +225,8 @@ def _join(places, folder):
         for rule, n in shard.taken.items(): report.take(rule, n)
     if not report.kept:
         took = ", ".join(f"{rule} took {n:,}" for rule, n in report.taken.items() if n)
-        raise ValueError(f"No training pairs left: of {report.pairs:,}, {took}.")
+        raise ValueError(f"No training pairs left: of {report.pairs:,}, {took}. Look at the text, "
+                         "data.clean and data.max_length.")
     for side in "source", "target":
         def arrays(name): return [np.load(place / f"{name}.npy", mmap_mode="r") for place in places]
         tokens, offsets = arrays(side), arrays(f"{side}_offsets")

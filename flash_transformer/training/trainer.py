@@ -284,6 +284,7 @@ class _Keeper(_Stepper):
         if scaler and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(scaler)
         if meter: self.meter = _Meter(*(meter[:2] if self.main else (0.0, 0.0)), *meter[2:])
         vars(self.at).update(state)
+        self.course.plan = []                              # that of the beginning
         if self.main: self.run.rewind(self.at.step)
 
     def _write_weights(self):
@@ -303,7 +304,7 @@ class _Bounds(_Keeper):
         elif self.main: self.run.rewind(-1)
         self.ceiling = _ceiling(self.precision, self.accelerator.device)
         if self.config.trackers: self.accelerator.init_trackers("flash_transformer")
-        if not self._finished(): self.course.open()
+        if not self._finished() and not self.course.plan: self.course.open()
 
     def _finished(self) -> bool:
         c, at = self.config, self.at
@@ -350,6 +351,7 @@ class Trainer(_Bounds):
         self.model, self.optimiser = distribute(model, lambda p: adam(p, self.peak), config.parallel, self.accelerator)
         self.at = Progress()
         self.course, self.meter = _Course(train, config, self.at), _Meter()
+        if isinstance(train, EncodedPairs): self.course.open()              # raises for a pair longer than a batch
 
     def fit(self,
         resume: bool = False, # go on from the newest checkpoint in the run folder
