@@ -17,7 +17,6 @@ from threading import Lock
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset_builder
 from fsspec.core import url_to_fs
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .batches import EncodedPairs, encode_texts, join_pairs
 from .cleaning import check_rules, duplicates, taken_by
-from .corpora import HUB, _config, _find, read_lines
+from .corpora import HUB, _config, _drop_empty, _find, read_lines
 from .tokenizers import TokenizerPair
 
 # %% ../../nbs/3_data/07_streaming.ipynb #f704a9c0
@@ -157,15 +156,10 @@ class TextPieces(Pieces):
         return pa.array([line.removesuffix("\r") for line in lines], pa.string())
 
 # %% ../../nbs/3_data/07_streaming.ipynb #b507141c
-def _full(table): # `pa.Table` of source and target -> `pa.Table`
-    "The pairs that have text on both sides"
-    text = [pc.fill_null(pc.utf8_trim_whitespace(side), "") for side in table.columns]
-    return table.filter(pc.and_(*(pc.not_equal(side, "") for side in text)))
-
-def _clean(table, config): # `pa.Table`, `DataConfig` -> `pa.Table`
-    "What the rules leave of some pairs"
-    table = _full(table).combine_chunks()
-    table = table.filter(pa.array(taken_by(*table.columns, config, config.clean) < 0))
+def _clean(table, config): # `pa.Table` of source and target, `DataConfig` -> `pa.Table`
+    "What the rules leave of some pairs; `empty` is always among them"
+    table = table.combine_chunks()
+    table = table.filter(pa.array(taken_by(*table.columns, config, ["empty", *config.clean]) < 0))
     if "duplicates" in config.clean: table = table.filter(pa.array(~duplicates(*table.columns)))
     return table
 
@@ -242,10 +236,10 @@ def read_split(
     config, # a `DataConfig`
     split,  # validation | test, or a train split that is small
 ):          # -> `Dataset` of columns source and target
-    "One split, whole, without the others being fetched; pairs that are empty on a side are left out"
+    "One split, whole, without the others being fetched; pairs that are empty on a side are dropped with a warning"
     pieces = _pieces(config, split)
     pairs = pieces.pairs(np.arange(len(pieces.rows)), 0, int(pieces.rows.sum()))
-    return Dataset(_full(pairs))
+    return _drop_empty(Dataset(pairs), split)
 
 # %% ../../nbs/3_data/07_streaming.ipynb #a2f6d7e3
 def stream(
