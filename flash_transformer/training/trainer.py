@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import PAD, EncodedPairs, plan_batches
@@ -138,9 +138,14 @@ class _Meter:
         self.smoothed, self.plain, self.tokens, self.flops = smoothed, plain, tokens, flops
         self.start = time.perf_counter()
 
+    def add(self, smoothed: Tensor, plain: Tensor):
+        "In float64, where a few float32 numbers add up exactly, in whatever order (Apple's GPUs have none)"
+        wide = torch.float32 if plain.device.type == "mps" else torch.float64
+        self.smoothed, self.plain = self.smoothed + smoothed.to(wide), self.plain + plain.to(wide)
+
     def losses(self) -> tuple[float, float]:
         "Sums over all processes; each of them has to ask"
-        return tuple(float(add_up(torch.as_tensor(x, dtype=torch.float64))) for x in (self.smoothed, self.plain))
+        return tuple(float(add_up(torch.as_tensor(x).cpu().double())) for x in (self.smoothed, self.plain))
 
     def read(self, ceiling: float) -> dict: # FLOP/s of all processes together
         smoothed, plain = self.losses()
@@ -208,9 +213,7 @@ class _Stepper:
                 logits = self.model(batch.source, batch.source_lengths, batch.target, keep=real) # n v: real words only
                 smoothed, plain = label_smoothed_loss(logits, batch.labels[real], self.config.label_smoothing)
                 self.accelerator.backward(smoothed * (counts * self.world / tokens))
-            if counts:
-                self.meter.smoothed += smoothed.detach()
-                self.meter.plain += plain
+            if counts: self.meter.add(smoothed.detach(), plain)
 
 # %% ../../nbs/4_training/05_trainer.ipynb #bb79518b
 class _Keeper(_Stepper):
