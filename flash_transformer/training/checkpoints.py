@@ -74,9 +74,9 @@ def or_one_sentence(
     "Make an OSError of one sentence of all that goes wrong while something is written"
     try: yield
     except (OSError, SafetensorError) as e:
-        found = re.search(r"([^:]*) \(os error (\d+)\)", str(e))     # safetensors' words
-        reason, number = (e.strerror or e, e.errno) if isinstance(e, OSError) else \
-            (found[1].strip(), int(found[2])) if found else (e, None)
+        said = re.search(r"([^:]*) \(os error (\d+)\)", str(e))      # safetensors' words
+        if isinstance(e, OSError): reason, number = e.strerror or e, e.errno
+        else: reason, number = (said[1].strip(), int(said[2])) if said else (e, None)
         advice, before = "free some space" if number in _FULL else "put that right", run.checkpoints()
         raise OSError(f"{what} could not be written ({reason}): {advice}, then "
             + (f"go on with --resume; the last good checkpoint is {before[-1]}" if before else
@@ -120,8 +120,8 @@ class _Checkpoints:
             for p in self.path.glob(kind): shutil.rmtree(p, ignore_errors=True)
 
 # %% ../../nbs/4_training/04_checkpoints.ipynb #3201fddf
-class RunFolder(_Checkpoints):
-    "The files that a training run leaves"
+class _Metrics(_Checkpoints):
+    "The file `metrics.jsonl` in a run folder"
     def log(self, **event):
         "Append a line to metrics.jsonl, whole or, when that raises OSError, not at all"
         with or_one_sentence(f"a line of {self.path / 'metrics.jsonl'}", self):
@@ -144,13 +144,20 @@ class RunFolder(_Checkpoints):
         for folder in self.checkpoints():
             if int(folder.name) > step: self.remove(int(folder.name))
 
+def _step_of(line: bytes) -> float: # of metrics; infinity if it is none
+    try: return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError): return float("inf")
+
+# %% ../../nbs/4_training/04_checkpoints.ipynb #1995e922
+class RunFolder(_Metrics):
+    "The files that a training run leaves"
     def average(self, n: int) -> dict[str, Tensor]:
         "Mean of the weights of the newest `n` checkpoints, taken in float64, a tensor at a time"
         folders, total = self.checkpoints()[-n:], {}
         if not folders: raise FileNotFoundError(f"{self.path} holds no checkpoint: there is nothing to average")
         def read(name, folder):
-            with _damaged(folder), safe_open(folder / "model.safetensors", "pt") as file: return file.get_tensor(name)
-        with _damaged(folders[0]), safe_open(folders[0] / "model.safetensors", "pt") as file: names = file.keys()
+            with _damaged(folder), _open(folder / "model.safetensors") as file: return file.get_tensor(name)
+        with _damaged(folders[0]), _open(folders[0] / "model.safetensors") as file: names = file.keys()
         for name in names:
             mean = sum(read(name, folder).double() for folder in folders) / len(folders)
             total[name] = mean.to(read(name, folders[0]).dtype)
@@ -165,10 +172,6 @@ class RunFolder(_Checkpoints):
         with or_one_sentence(str(path), self), whole(path) as new:
             if mean: save_file(mean, new)
             else: shutil.copyfile(self.checkpoint(best) / "model.safetensors", new)
-
-def _step_of(line: bytes) -> float: # of metrics; infinity if it is none
-    try: return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError): return float("inf")
 
 # %% ../../nbs/4_training/04_checkpoints.ipynb #dad15eac
 def save_checkpoint(
@@ -239,6 +242,10 @@ def _damaged(folder: Path): # a checkpoint
         raise ValueError(f"checkpoint {folder} is damaged ({' '.join(str(e).split())}): remove it to go on from the "
             f"one before") from e
 
+def _open(path: Path): # for reading
+    try: return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e: raise ValueError(f"{path} is not a whole safetensors file ({e})") from e
+
 def _read_state(folder: Path, expected: dict | None) -> dict:
     for p in folder.iterdir():
         if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"):
@@ -262,9 +269,7 @@ def load_model(
     """Put weights into `model`; each process reads the file, a parameter at a time, and keeps its part. Raises
     FileNotFoundError, or ValueError for a damaged or foreign file."""
     if not path.exists(): raise FileNotFoundError(f"no weights at {path}: has this model been trained?")
-    try: file = safe_open(path, "pt")
-    except (SafetensorError, OSError) as e: raise ValueError(f"{path} is not a whole safetensors file ({e})") from e
-    with file:
+    with _open(path) as file:
         parameters = _parameters(model)
         expected = {name: tuple(p.shape) for name, p in parameters.items()}
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -285,7 +290,7 @@ def load_checkpoint(
     with _damaged(folder):
         state = _read_state(folder, expected)
         for name in "model", "optimiser":
-            with safe_open(folder / f"{name}.safetensors", "pt"): pass     # is it whole? Before anything is changed
+            with _open(folder / f"{name}.safetensors"): pass               # is it whole? Before anything is changed
     load_model(model, folder / "model.safetensors")
     with _damaged(folder): _load_optimiser(optimiser, model, folder / "optimiser.safetensors")
     return state
@@ -294,7 +299,7 @@ def _load_optimiser(optimiser, model, path):
     "PyTorch knows where and in which dtype it wants them, and numbers its parameters"
     parameters, state = _parameters(model, optimiser), {}
     number = {p: i for i, p in enumerate(p for group in optimiser.param_groups for p in group["params"])}
-    with safe_open(path, "pt") as file:
+    with _open(path) as file:
         for key in file.keys():
             kind, name = key.split(".", 1)
             p, value = parameters[name], file.get_tensor(key).clone()      # what is read is the file itself, mapped
@@ -302,10 +307,10 @@ def _load_optimiser(optimiser, model, path):
             state.setdefault(number[p], {})[kind] = distribute_like(value, p) if value.ndim else value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
-# %% ../../nbs/4_training/04_checkpoints.ipynb #2a384380
+# %% ../../nbs/4_training/04_checkpoints.ipynb #afb1bc60
 class StopSignals:
     "While entered, notes SIGINT and SIGTERM in `received` (in the main thread, where Python delivers them)"
-    received = None
+    received = 0 # or the signal's number
 
     def __enter__(self):
         self.before = {}
@@ -315,7 +320,7 @@ class StopSignals:
 
     def note(self, number, frame):
         if self.received: raise KeyboardInterrupt("stopped at once: what was done since the last checkpoint is lost")
-        self.received = signal.Signals(number).name
+        self.received = number
 
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler)
