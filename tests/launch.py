@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 
 # The fork server imports these once; a process forked from it starts in a tenth of a second.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "accelerate", "torch.distributed.fsdp", "flash_transformer.training"])
+_context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "flash_transformer.training"])
 
 
 class Failed(Exception):

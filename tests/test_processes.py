@@ -196,7 +196,8 @@ def plain():
 def test_training_is_that_of_one_process(plain, world, parallel):
     everywhere = launch(world, _train, parallel) if world > 1 else [_train(parallel)]
     for found in everywhere:
-        for ours, theirs in zip(found, plain): assert_close(ours, theirs, rtol=0, atol=1e-9)
+        # three steps of 0.01, by rounding of 1e-16 over Adam's 1e-9
+        for ours, theirs in zip(found, plain): assert_close(ours, theirs, rtol=0, atol=1e-8)
         for ours, theirs in zip(found[:-1], everywhere[0]): assert_close(ours, theirs, rtol=0, atol=0)
     parameters, held = sum(p.numel() for p in plain[2].values()), [found[-1] for found in everywhere]
     if parallel == "ddp" or world == 1: assert held == [parameters] * world
