@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..data import PAD, Batch, DataConfig, EncodedPairs, Prepared, TokenizerPair, plan_batches
-from ..data.cleaning import taken_by
+from ..data.cleaning import check_rules, taken_by
 from ..data.corpora import HUB, _columns, _config, load_corpus
 from ..data.prepare import _settings_of
 from ..data.streaming import ParquetPieces, Pieces, TextPieces
@@ -75,6 +75,7 @@ def _look_at_corpus(data: DataConfig, folder: Path | None) -> _Corpus:
         prepared = Prepared.load(folder)
         return _Corpus(str(folder), len(prepared.train), prepared.train, prepared.tokenizers, True)
     kind = "files" if data.train else data.corpus
+    check_rules(data.clean)
     name, pairs, sample = {"files": _from_text, "toy": _from_toy}.get(kind, _from_hub)(data)
     stays = taken_by(*sample.columns, data, data.clean) < 0
     sample = Dataset(sample.filter(pa.array(stays)))
@@ -183,25 +184,22 @@ def _kept(model, rows: int, length: int) -> int: # bytes
     device = next(model.parameters()).device
     ids, lengths = torch.full((rows, length), PAD + 1), torch.full((rows,), length)
     batch = Batch(ids, lengths, ids, ids, lengths).to(device)
-    losses = []
-    def run(): losses.append(_loss(model, batch))
-    kept = saved_bytes(run, [p for p in model.parameters() if not isinstance(p, DTensor)])
-    losses[0].backward()
-    return kept
+    return saved_bytes(lambda: _loss(model, batch), [p for p in model.parameters() if not isinstance(p, DTensor)])
 
 # %% ../../nbs/4_training/06_wmt14.ipynb #90e6e145
 def _batch_bytes(model: Transformer, rows: int, length: int) -> float:
-    "The most that forward and backward pass over such a batch need at a time, from what one and two pairs keep"
+    "The most that forward and backward pass over such a batch need at a time, from a quarter and a half of its pairs"
     def estimate():
-        one, two = _kept(model, 1, length), _kept(model, 2, length)
-        return one + (two - one) * (rows - 1)
-    kept = estimate()
-    if model.recompute:                                   # and one block at a time is computed again, with all it keeps
+        quarter, half = max(1, rows // 4), max(2, rows // 2)
+        some, more = _kept(model, quarter, length), _kept(model, half, length)
+        return some + (more - some) / (half - quarter) * (rows - quarter)
+    kept, block, recompute = estimate(), 0, model.recompute
+    if recompute:                                  # one block at a time is computed again, with all that it keeps
         model.recompute = False
-        kept += (estimate() - kept) / len([*model.encoder.blocks, *model.decoder.blocks])
+        block = (estimate() - kept) / len([*model.encoder.blocks, *model.decoder.blocks])
         model.recompute = True
-    # the backward pass begins with two gradients as large as the logits; a tenth is what allocators waste
-    return 1.1 * (kept + 2 * 4 * rows * length * model.config.target_vocab_size)
+    gradients = 2 * 4 * rows * length * model.config.target_vocab_size   # of logits and their softmax: backward's first
+    return 1.1 * (kept + max(block, gradients))                          # a tenth is what allocators waste
 
 def _free_bytes(device: torch.device) -> float:
     "Memory that a process may still take, where models live"
