@@ -21,6 +21,7 @@ from children import (
     go_on,
     kill,
     one_line,
+    preparing,
     same,
     saved,
     send,
@@ -53,7 +54,7 @@ def undisturbed(prepared, recipe, tmp_path_factory):
 
 # ---- kill -9 ----
 
-def killed(run, recipe, moment, operations, output):
+def killed(run, recipe, moment, operations, seconds, output):
     "Train until it is done or killed at this kind of moment; True if it is done"
     faults = {"operation": [partial(at_operation, run, kill, random.randrange(operations))],
               "checkpoint": [partial(slow_fsync, 0.01)]}.get(moment, [])
@@ -65,10 +66,10 @@ def killed(run, recipe, moment, operations, output):
             for _, folders, files in os.walk(run): seen |= {n for n in folders + files if "unfinished" in n}
             time.sleep(0.001)
     if moment != "operation":
-        child.join(random.uniform(0, 0.1 if moment == "checkpoint" else 0.6))
+        child.join(random.uniform(0, 0.1 if moment == "checkpoint" else seconds))
         if moment != "end": child.kill()
     status = wait(child)
-    assert status in (0, -signal.SIGKILL), output.with_suffix(".err").read_text()
+    assert status in (0, -signal.SIGKILL), (status, moment, output.with_suffix(".err").read_text())
     return status == 0
 
 
@@ -76,15 +77,27 @@ def kill_often(times, recipe, prepared, undisturbed, tmp_path, seed=None):
     random.seed(seed := seed or time.time_ns() % 2 ** 32)
     print(f"seed {seed}")                                    # pytest shows it when the test fails
     operations, kills, runs = len((undisturbed.parent / "operations.log").read_text().splitlines()), 0, 0
+    seconds = (undisturbed / "model.safetensors").stat().st_mtime - (undisturbed / "config.yaml").stat().st_mtime
     while kills < times:
         run = shutil.copytree(prepared, tmp_path / f"run{runs}")
         done, runs = False, runs + 1
         while not done:
             moment = random.choice(["time", "operation", "checkpoint"]) if kills < times else "end"
-            done = killed(run, recipe, moment, operations, tmp_path / "log")
+            done = killed(run, recipe, moment, operations, seconds + 0.2, tmp_path / "log")
             kills += not done
-            print(runs, kills, moment, done, [p.name for p in saved(run)] if (run / "checkpoints").exists() else "")
         same(run, undisturbed)
+
+
+def test_the_scale_of_fp16_is_taken_up(recipe, prepared, metrics, tmp_path):
+    "Killed in the second validation; the scale changes before and after, and steps are skipped where it was too large"
+    whole, parts = (shutil.copytree(prepared, tmp_path / name) for name in ("whole", "parts"))
+    fp16 = ["--train.precision", "fp16", "--train.max_steps", "9", "--train.log_every", "1"]
+    now = partial(at_call, "flash_transformer.training.trainer.validation_loss", kill, 1)
+    for run, faults in (whole, []), (parts, [now]), (parts, []):
+        child = start(command, go_on(run, recipe) + fp16, children.eager_scaler, *faults, output=tmp_path / "log")
+        assert wait(child) == (-signal.SIGKILL if faults else 0), (tmp_path / "log.err").read_text()
+    assert any(line.get("gradient_norm", 0) is None for line in metrics(whole) if line["step"] > 3)
+    same(parts, whole)
 
 
 def test_killed_at_thirty_moments(recipe, prepared, undisturbed, tmp_path):
@@ -106,14 +119,14 @@ def starved(how, room, before, run, first, then, output):
     return Path(f"{output}.status").read_text().split()
 
 
-@pytest.mark.parametrize("how, room", [("disk", kb * 1024) for kb in (0, 40, 120, 300, 450, 520)]
-                                      + [("quota", kb * 1024) for kb in (10, 60, 100)])
-def test_full_disk(how, room, disk, recipe, prepared, undisturbed, tmp_path):
+@pytest.mark.parametrize("how, kilobytes", [("disk", 0), ("disk", 120), ("disk", 450), ("quota", 60), *(
+    pytest.param(*case, marks=pytest.mark.long) for case in [
+        *(("disk", kb) for kb in (20, 40, 80, 160, 200, 250, 300, 350, 400, 500)), ("quota", 10), ("quota", 100)])])
+def test_full_disk(how, kilobytes, disk, recipe, prepared, undisturbed, tmp_path):
     "Status 2 and one line; the newest checkpoint is whole; once there is room, it ends as if there had been always"
     if how == "disk" and not disk: pytest.skip("neither root nor a user namespace here: no small disk can be mounted")
     run, output = tmp_path / "disk" / "run", tmp_path / "log"
-    if how == "quota": run.parent.mkdir()
-    status = starved(how, room, prepared, run, afresh(run, recipe), partial(go_on, recipe=recipe), output)
+    status = starved(how, 1024 * kilobytes, prepared, run, afresh(run, recipe), partial(go_on, recipe=recipe), output)
     assert status == ["2", "0"], (status, Path(f"{output}.1.err").read_text(), Path(f"{output}.2.err").read_text())
     one_line(Path(f"{output}.1.err"), "No space left" if how == "disk" else "File too large")
     left = Path(f"{output}.left")
@@ -129,6 +142,29 @@ def whole(folder, undisturbed):
     assert json.loads((folder / "state.json").read_text())["step"] == int(folder.name)
 
 
+
+
+@pytest.mark.parametrize("how, kilobytes", [("disk", 0), ("disk", 28), ("quota", 4), *(
+    pytest.param(*case, marks=pytest.mark.long) for case in [("disk", kb) for kb in range(4, 100, 8)])])
+def test_full_disk_while_preparing(how, kilobytes, disk, recipe, prepared, contents, tmp_path):
+    if how == "disk" and not disk: pytest.skip("neither root nor a user namespace here: no small disk can be mounted")
+    run, output = tmp_path / "disk" / "run", tmp_path / "log"
+    prepare = partial(preparing, recipe=recipe)
+    status = starved(how, 1024 * kilobytes, None, run, prepare(run), prepare, output)
+    assert status == ["2", "0"], (status, Path(f"{output}.1.err").read_text(), Path(f"{output}.2.err").read_text())
+    one_line(Path(f"{output}.1.err"), "No space left" if how == "disk" else "File too large")
+    assert contents(Path(f"{output}.end")) == contents(prepared)
+
+
+def test_preparing_is_killed(recipe, prepared, contents, tmp_path):
+    "At six moments of one preparation"
+    random.seed(seed := time.time_ns() % 2 ** 32)
+    print(f"seed {seed}")
+    run, log = tmp_path / "run", tmp_path / "log"
+    for _ in range(6):
+        wait(start(command, preparing(run, recipe), partial(at_operation, run, kill, random.randrange(25)), output=log))
+    assert wait(start(command, preparing(run, recipe), output=log)) == 0, (tmp_path / "log.err").read_text()
+    assert contents(run) == contents(prepared)
 
 
 # ---- SIGTERM and SIGINT ----
@@ -204,8 +240,8 @@ REFUSED = {
 def test_code_is_refused(name, file, undisturbed, here, tmp_path):
     run, mark = shutil.copytree(undisturbed, tmp_path / "run"), tmp_path / "executed"
     assert (run / file).exists()
-    as_code = {"yaml": as_yaml, "npy": as_array}.get(file.split(".")[1], as_pickle)
-    for plant in as_code, as_torch, as_pickle:
+    kinds = {".yaml": [as_yaml], ".npy": [as_array, as_torch], ".json": [as_pickle], ".safetensors": [as_torch]}
+    for plant in kinds[Path(file).suffix]:
         plant(run / file, mark)
         status, _, error = here(*COMMANDS[name], run, stdin=b"The dog sleeps.\n")
         assert status == 2 and len(error) == 1 and error[0].startswith("flash-transformer: "), (status, error)

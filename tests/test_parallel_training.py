@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from flash_transformer.data import Prepared, plan_batches
 
-SHAPE = {"d_model": 16, "d_ff": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 2, "norm": "pre",
+SHAPE = {"d_model": 16, "d_ff": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "norm": "pre",
          "dropout": 0.2, "attention_dropout": 0.2}
 TRAIN = {"max_steps": 50, "tokens_per_batch": 190, "learning_rate": 3e-3, "warmup_steps": 10, "precision": "float32",
          "log_every": 1, "checkpoint_every": 10, "keep_checkpoints": 9, "clip_norm": 0.5, "seed": 3}
@@ -101,7 +101,7 @@ def test_as_one_process(trained, metrics, world, accumulate, parallel):
     as_one(trained(world, accumulate, parallel), trained(1, accumulate), metrics)
 
 
-@pytest.mark.parametrize("world, parallel", [(2, "ddp"), (4, "fsdp")])
+@pytest.mark.parametrize("world, parallel", [(2, "fsdp"), pytest.param(4, "ddp", marks=pytest.mark.long)])
 def test_as_one_process_in_float32(trained, metrics, world, parallel):
     "Not further from one process in float64 than one process in float32 is, but for chance: at most twice as far"
     exact, one, several = trained(1, 4), trained(1, 4, dtype="float32"), trained(world, 4, parallel, "float32")
@@ -147,8 +147,14 @@ def two(arguments, output, **faults):
     return [wait(child) for child in processes(2, children.command_of_rank, arguments, named, output=output)]
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module")
 def parallel(request): return request.param
+
+
+def with_(now, later=()):
+    "A test with this way to share the work; at length with that one too"
+    return pytest.mark.parametrize("parallel", [*now, *(pytest.param(p, marks=pytest.mark.long) for p in later)],
+                                   indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +177,7 @@ def next_with_two(run, recipe, parallel):
 LOSS = "flash_transformer.training.trainer.label_smoothed_loss"      # called for each batch, and in validations
 
 
+@with_(["ddp", "fsdp"])
 def test_a_process_is_killed(prepared, recipe, parallel, undisturbed, tmp_path):
     """One of two, at any moment; the other one ends by itself, says why and what is left. Then resumed by two, in the
     end bit for bit what two would have had."""
@@ -188,6 +195,7 @@ def test_a_process_is_killed(prepared, recipe, parallel, undisturbed, tmp_path):
     same(run, undisturbed)
 
 
+@with_(["fsdp"], ["ddp"])
 def test_one_process_is_told_to_stop(prepared, recipe, parallel, undisturbed, tmp_path):
     "All stop after the same step"
     run, log = shutil.copytree(prepared, tmp_path / "run"), tmp_path / "log"
@@ -202,6 +210,7 @@ def test_one_process_is_told_to_stop(prepared, recipe, parallel, undisturbed, tm
     same(run, undisturbed)
 
 
+@with_(["ddp"], ["fsdp"])
 def test_a_loss_that_is_none(prepared, recipe, undisturbed, parallel, tmp_path):
     "In one process: all end with the same word"
     run, log = shutil.copytree(prepared, tmp_path / "run"), tmp_path / "log"
@@ -211,6 +220,7 @@ def test_a_loss_that_is_none(prepared, recipe, undisturbed, parallel, tmp_path):
     same(run, undisturbed)
 
 
+@with_(["fsdp"], ["ddp"])
 def test_an_error_in_one_process(prepared, recipe, undisturbed, parallel, tmp_path):
     "It says what; the other one that it is alone"
     run, log = shutil.copytree(prepared, tmp_path / "run"), tmp_path / "log"
@@ -221,6 +231,7 @@ def test_an_error_in_one_process(prepared, recipe, undisturbed, parallel, tmp_pa
     same(run, undisturbed)
 
 
+@with_(["ddp"], ["fsdp"])
 def test_a_full_disk_where_two_train(prepared, recipe, undisturbed, parallel, tmp_path):
     run, log = shutil.copytree(prepared, tmp_path / "run"), tmp_path / "log"
     assert two(with_two(run, recipe, parallel), log, rank0=partial(children.quota, 60 * 1024)) == [2, 2]
@@ -230,6 +241,7 @@ def test_a_full_disk_where_two_train(prepared, recipe, undisturbed, parallel, tm
     same(run, undisturbed)
 
 
+@with_(["ddp"], ["fsdp"])
 def test_two_replace_a_run(recipe, undisturbed, parallel, tmp_path):
     "However slow the one is that clears the folder"
     run = shutil.copytree(undisturbed, tmp_path / "run")
@@ -239,7 +251,7 @@ def test_two_replace_a_run(recipe, undisturbed, parallel, tmp_path):
     same(run, undisturbed)
 
 
-@pytest.mark.long
+@with_([], ["ddp", "fsdp"])
 def test_two_processes_killed_at_any_moment(prepared, recipe, parallel, undisturbed, tmp_path):
     random.seed(seed := time.time_ns() % 2 ** 32)
     print(f"seed {seed}")
