@@ -120,17 +120,6 @@ class Prepared:
             raise ValueError(f"{' '.join(str(e).split())}: remove {folder} to prepare it again") from e
         return cls(TokenizerPair.load(folder), *splits, Report.load(folder / "report.json"))
 
-    def save(self,
-        folder: str | Path, # made if it is not there
-        config: DataConfig, # what it was prepared from
-    ):
-        "Write a copy"
-        if _is_current(Path(folder), config, self.tokenizers): return
-        work = Path(folder) / "unfinished-copy"
-        shutil.rmtree(work, ignore_errors=True)
-        for name in ("train", "validation"): getattr(self, name).save(work / name)
-        _finish(work, Path(folder), config, _files_of(config), self.tokenizers, self.report)
-
 # %% ../../nbs/3_data/06_prepare.ipynb #b6ab9db0
 class _Drawn:
     "Pairs at even distances over a split, cleaned: parts of them, as lists of sentences"
