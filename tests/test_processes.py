@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from flash_transformer.training import (
     add_up,
     agree,
     all_alive,
+    compile_blocks,
     distribute,
     distribute_like,
     full_tensor,
@@ -232,6 +234,23 @@ def test_half_precision_is_that_of_one_process(parallel):
         assert found[1][2] == 2. ** 16
         _, norm, scale, unchanged = found[2]               # what overflows in one process is skipped by all
         assert not norm.isfinite() and scale == 2. ** 15 and unchanged
+
+
+def _gradients(parallel, recompute=False, compiled=False):
+    accelerator = start_accelerator("float32")
+    model = small_model().double()
+    model.recompute = recompute
+    if compiled: compile_blocks(model)
+    wrapped, _ = distribute(model, lambda p: adam(p, 1e-3), parallel, accelerator)
+    for batch in group_of_batches(0): wrapped(*batch).square().mean().backward()
+    return {name: full_tensor(p.grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["recompute", pytest.param("compiled", marks=pytest.mark.long)])
+def test_recomputed_and_compiled_are_the_same(parallel, how):
+    for found in launch(2, partial(_gradients, parallel, **{how: True}), timeout=300):
+        assert_close(found, _gradients(parallel), rtol=0, atol=1e-12)
 
 
 def _exchange_late():

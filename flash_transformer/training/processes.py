@@ -106,7 +106,8 @@ def distribute(
     # positions are computed alike everywhere: DDP need not send them around before every forward pass
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [n for n, _ in model.named_buffers()])
     if several and parallel == "fsdp": _shard(model)
-    wrapped = accelerator.prepare_model(model, evaluation_mode=not several or parallel == "fsdp")
+    wrapped = accelerator.prepare_model(model, device_placement=False,
+        evaluation_mode=not several or parallel == "fsdp")       # which means: autocast alone, without DDP
     return wrapped, accelerator.prepare_optimizer(optimiser_of(model.parameters()))
 
 def _shard(model: Transformer):
