@@ -98,7 +98,7 @@ def test_flops_are_those_that_pytorch_counts(changes):
 
 
 def test_ceiling_and_peak():
-    assert 1e8 < matmul_ceiling("bf16", CPU) < 1e16
+    assert 1e8 < matmul_ceiling("float32", CPU) < 1e16
     code = ("import torch; from flash_transformer.training import peak_memory; c = torch.device('cpu'); "
             "before = peak_memory(c); x = torch.ones(2 ** 26); held = peak_memory(c); del x; "
             "print(held - before, peak_memory(c) - held)")
