@@ -183,7 +183,7 @@ def poison(function, number):
 def eager_scaler():
     "Let fp16's scale double every second step, and begin near to where it overflows"
     from torch.amp import GradScaler
-    before, eager = GradScaler.__init__, {"init_scale": 2.0 ** 20, "growth_interval": 2}
+    before, eager = GradScaler.__init__, {"init_scale": 2.0 ** 19, "growth_interval": 2}
     GradScaler.__init__ = lambda self, *args, **more: before(self, *args, **more | eager)
 
 

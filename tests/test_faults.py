@@ -5,6 +5,8 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -102,6 +104,47 @@ def test_the_scale_of_fp16_is_taken_up(recipe, prepared, metrics, tmp_path):
 
 def test_killed_at_thirty_moments(recipe, prepared, undisturbed, tmp_path):
     kill_often(30, recipe, prepared, undisturbed, tmp_path)
+
+
+@pytest.mark.long
+def test_killed_at_hundreds_of_moments(recipe, prepared, undisturbed, tmp_path):
+    kill_often(300, recipe, prepared, undisturbed, tmp_path)
+
+
+@pytest.mark.long
+def test_killed_while_the_corpus_is_streamed(recipe, tmp_path):
+    "Each window has ten batches or so; a resumed run opens the one it was in"
+    streamed, run = tmp_path / "streamed.yaml", tmp_path / "undisturbed" / "run"
+    streamed.write_text(recipe.read_text().replace("data: {", "data: {streaming: true, window: 130, "))
+    (tmp_path / "empty").mkdir()
+    counting = partial(at_operation, run, kill, 10 ** 9, log=run.parent / "operations.log")
+    run.parent.mkdir()
+    assert wait(start(command, afresh(run, streamed), counting, output=tmp_path / "log")) == 0
+    kill_often(60, streamed, tmp_path / "empty", run, tmp_path)
+
+
+@pytest.mark.long
+def test_killed_as_a_user_starts_it(recipe, prepared, undisturbed, tmp_path):
+    "A new Python each time, which spends its first seconds with imports"
+    random.seed(seed := time.time_ns() % 2 ** 32)
+    print(f"seed {seed}")
+    script, kills, runs = "import sys; from flash_transformer.cli import main; sys.exit(main())", 0, 0
+    here = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    while kills < 30:
+        run, status = shutil.copytree(prepared, tmp_path / f"run{runs}"), -signal.SIGKILL
+        runs += 1
+        while status:
+            with open(tmp_path / "said", "w") as said:
+                child = subprocess.Popen([sys.executable, "-c", script, *map(str, go_on(run, recipe))], env=here,
+                                         stdout=said, stderr=said)
+            before = time.monotonic()
+            while child.poll() is None and not any(p.suffix == ".jsonl" for p in run.iterdir()): time.sleep(0.01)
+            try: child.wait(random.uniform(0, 1.5 * (time.monotonic() - before)))
+            except subprocess.TimeoutExpired: child.kill()
+            status = child.wait()
+            assert status in (0, -signal.SIGKILL), (tmp_path / "said").read_text()
+            kills += status != 0
+        same(run, undisturbed)
 
 
 # ---- a full disk ----
