@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from hub_server import HubServer  # noqa: E402
 
+from flash_transformer.data import Prepared, plan_batches  # noqa: E402
+
 # What differs from the recipe. A five-hundredth of the corpus wants a smaller model, and more steps of fewer pairs.
 SCALED = {"data.vocab_size": 4000, "model.d_model": 256, "model.d_ff": 1024, "model.heads": 4,
           "model.encoder_layers": 3, "model.decoder_layers": 3, "train.accumulate": 1, "train.learning_rate": 0.001,
@@ -68,7 +70,12 @@ def measure(data, scaled):
             _, training = command(environment, "train", *recipe)
             asked = [path for method, path in hub.asked if method == "GET" and path.endswith(".parquet")]
         result = curves(run)
-        recipe = yaml.safe_load((run / "config.yaml").read_text())
+        train, recipe = Prepared.load(run / "data").train, yaml.safe_load((run / "config.yaml").read_text())
+        plan = plan_batches(train.source_lengths, train.target_lengths, recipe["train"]["tokens_per_batch"])
+        result["filled"] = {side: round(int(lengths.sum()) / len(plan)) for side, lengths in    # real tokens a batch
+                            (("source", train.source_lengths), ("target", train.target_lengths))}
+        result["tokens_a_pair"] = [round(float(lengths.mean()), 2) for lengths in
+                                   (train.source_lengths, train.target_lengths)]
         report = run / "data" / "report.json"
         return {"scaled": scaled, "recipe": recipe, "dry_run": dry,
                 "cleaning": json.loads(report.read_text()) if report.exists() else None,
