@@ -506,7 +506,7 @@ def batch(step):
 
 def several(parallel, path, load, first, last, save):
     """Each process: load checkpoint `load` unless None, train on the same batches in all processes (their mean is each
-    one's gradient, to rounding: hence float64), look at the model without a gradient, save. Returns all, whole."""
+    one's gradient, to rounding: hence float64), save. Returns all, whole."""
     from flash_transformer.training.processes import distribute, full_tensor, start_accelerator
     accelerator = start_accelerator("float32")
     model = transformer(first)
@@ -517,7 +517,7 @@ def several(parallel, path, load, first, last, save):
         optimiser.zero_grad()
         accelerator.backward(wrapped(*batch(step)).logsumexp(-1).mean())
         optimiser.step()
-    with torch.no_grad(): wrapped(*batch(0))             # FSDP2 leaves parameters whole behind this
+    if hasattr(model, "unshard"): model.unshard()        # as FSDP2 itself leaves the outermost ones at times
     if save is not None:
         save_checkpoint(run.checkpoint(save), model, optimiser, {"step": save}, write=accelerator.is_main_process)
         assert run.checkpoint(save).exists()             # in every process: nobody is ahead of the one that writes
