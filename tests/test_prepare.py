@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -213,8 +214,7 @@ module.prepare(DataConfig(train=sys.argv[3], validation=sys.argv[4], vocab_size=
 """
 
 
-@pytest.mark.parametrize("where, at", [("_learn", 1), ("_make_shard", 1), ("_make_shard", 9), ("write_array", 1),
-                                       ("write_array", 4), ("_finish", 1)])
+@pytest.mark.parametrize("where, at", [("_learn", 1), ("_make_shard", 9), ("write_array", 4), ("_finish", 1)])
 def test_killed_and_taken_up(config, tmp_path, monkeypatch, where, at):
     "by kill -9, with and without an earlier result in the folder"
     monkeypatch.setattr(MODULE, "SHARD", 3)
@@ -235,6 +235,30 @@ def test_killed_and_taken_up(config, tmp_path, monkeypatch, where, at):
     same(whole, prepare(config, data))
     assert len(seen) == 14 and all(seen[path] == time for path, time in made.items())     # not one was made again
     assert not list(data.glob("unfinished*"))
+
+
+@pytest.mark.long
+def test_killed_at_any_moment(config, tmp_path, monkeypatch):
+    "again and again by the clock, until a call comes to its end"
+    for language in "en", "de":
+        path = tmp_path / f"train.{language}"
+        path.write_text(path.read_text() * 500)
+    monkeypatch.setattr(MODULE, "SHARD", 100)
+    script = SCRIPT.replace("SHARD = 3", "SHARD = 100").replace("if calls == at:", "if False:")
+    arguments = [sys.executable, "-c", script, "_learn", "1", config.train, config.validation, str(tmp_path / "data")]
+    environment, rng, killed = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}, random.Random(0), 0
+    for attempt in range(40):                # each is given some more time than the one before
+        process = subprocess.Popen(arguments, env=environment)
+        try:
+            assert process.wait(rng.uniform(1, 2 + attempt)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    else: raise AssertionError("no call came to its end")
+    assert killed
+    same(prepare(config), Prepared.load(tmp_path / "data"))
 
 
 @pytest.mark.parametrize("at", range(1, 6))

@@ -126,7 +126,7 @@ def same_arrays(tokenizers, texts, given=None):
         assert ids.tolist() == list(itertools.chain(*rows))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(st.one_of(st.sampled_from(" \t\xa0\u2028.,'aé\u0301\u0308-1<>"),
                                   st.characters(exclude_categories=["Cs"])), max_size=30), max_size=6))
 def test_each_word_once_is_each_sentence_whole(trained, texts):
