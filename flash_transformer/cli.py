@@ -26,7 +26,17 @@ from tqdm.auto import tqdm
 
 from . import attention as attention_room
 from .config import Recipe, add_recipe, one_line, to_recipe
-from .data import DataConfig, Prepared, Report, TokenizerPair, corpus_of, load_corpus, prepare, stream
+from flash_transformer.data import (
+    DataConfig,
+    Prepared,
+    Report,
+    TokenizerPair,
+    corpus_of,
+    load_corpus,
+    prepare,
+    read_split,
+    stream,
+)
 from .model import Transformer, TransformerConfig
 from flash_transformer.training import (
     RunFolder,
@@ -207,7 +217,7 @@ def evaluate(
     try: config = DataConfig(**described or {})
     except TypeError as e: raise ValueError(f"{run / 'config.yaml'}, data: {e}") from e
     if data: split, corpus = "test", load_corpus("files", test=data, source=config.source, target=config.target)
-    else: corpus = corpus_of(config)
+    else: corpus = {split: read_split(config, split)} if config.streaming else corpus_of(config)
     if split not in corpus:
         raise ValueError(f"the corpus has no {split} split, only {', '.join(corpus)}: "
             f"give --split, or text with --data")

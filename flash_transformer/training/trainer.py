@@ -99,6 +99,7 @@ class _Course:
     "The batches of a run, in order: of an epoch its windows, of a window the batches of its plan"
     def __init__(self, pairs, config: TrainConfig, at: Progress):
         self.pairs, self.config, self.at = pairs, config, at
+        self.streamed = not isinstance(pairs, EncodedPairs)
         self.window, self.plan = None, []
 
     def open(self):
@@ -248,7 +249,9 @@ class _Keeper(_Stepper):
         at.since_best += 1
         if loss < at.best: at.best, at.best_step, at.since_best = loss, at.step, 0
         if self.main:
-            bar.write(f"step {at.step}, epoch {at.epoch + at.batch / max(1, len(self.course.plan)):.1f}: "
+            done = f"epoch {at.epoch}, window {at.window}" if self.course.streamed else \
+                f"epoch {at.epoch + at.batch / max(1, len(self.course.plan)):.1f}"
+            bar.write(f"step {at.step}, {done}: "
                 f"validation loss {loss:.3f}{' (best)' if not at.since_best else ''}")
         more = self._ask(self.on_validation) if self.on_validation else {}
         self._write(validation_loss=loss, perplexity=math.exp(min(loss, 700)), **more)
@@ -317,7 +320,7 @@ class _Bounds(_Keeper):
     def _bar(self) -> tqdm:
         "Knows the time left where it knows the number of steps"
         c, course, total = self.config, self.course, math.inf
-        if c.max_epochs and course.window is course.pairs:      # not streamed: an epoch has one plan
+        if c.max_epochs and not course.streamed:           # an epoch has one plan, of as many steps each time
             total = math.ceil(len(course.plan) / c.accumulate) * c.max_epochs
         total = min(total, c.max_steps or math.inf)
         return tqdm(total=None if total == math.inf else total, initial=self.at.step, desc="training", unit="step",
@@ -354,7 +357,7 @@ class Trainer(_Bounds):
         self.model, self.optimiser = distribute(model, lambda p: adam(p, self.peak), config.parallel, self.accelerator)
         self.at = Progress()
         self.course, self.meter = _Course(train, config, self.at), _Meter()
-        if isinstance(train, EncodedPairs): self.course.open()              # raises for a pair longer than a batch
+        if not self.course.streamed: self.course.open()                     # raises for a pair longer than a batch
 
     def fit(self,
         resume: bool = False, # go on from the newest checkpoint in the run folder
