@@ -162,9 +162,9 @@ def starved(how, room, before, run, first, then, output):
     return Path(f"{output}.status").read_text().split()
 
 
-@pytest.mark.parametrize("how, kilobytes", [("disk", 0), ("disk", 120), ("disk", 450), ("quota", 60), *(
+@pytest.mark.parametrize("how, kilobytes", [("disk", 0), ("disk", 120), ("disk", 600), ("quota", 60), *(
     pytest.param(*case, marks=pytest.mark.long) for case in [
-        *(("disk", kb) for kb in (20, 40, 80, 160, 200, 250, 300, 350, 400, 500)), ("quota", 10), ("quota", 100)])])
+        *(("disk", kb) for kb in (20, 40, 80, 160, 200, 250, 300, 400, 500, 650)), ("quota", 10), ("quota", 100)])])
 def test_full_disk(how, kilobytes, disk, recipe, prepared, undisturbed, tmp_path):
     "Status 2 and one line; the newest checkpoint is whole; once there is room, it ends as if there had been always"
     if how == "disk" and not disk: pytest.skip("neither root nor a user namespace here: no small disk can be mounted")
