@@ -6,13 +6,14 @@
 __all__ = ['TransformerConfig', 'Encoder', 'Decoder', 'Transformer', 'save_weights', 'load_weights', 'attention_maps']
 
 # %% ../../nbs/2_transformer/03_transformer.ipynb #3b3ca739
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -173,18 +174,26 @@ def save_weights(model: Transformer, path: str | Path):
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, path)
 
 # %% ../../nbs/2_transformer/03_transformer.ipynb #b13ea2ae
-def load_weights(model: Transformer, path: str | Path):
-    "Read what `save_weights` wrote into `model`; raises FileNotFoundError, or ValueError for a damaged or foreign file"
+@torch.no_grad()
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    part: Callable[[Tensor, Tensor], Tensor] = lambda whole, parameter: whole, # of a tensor, what belongs here
+):
+    """Read what `save_weights` wrote into `model`, a parameter at a time; raises FileNotFoundError, or ValueError for a
+    damaged or foreign file"""
     if not Path(path).exists(): raise FileNotFoundError(f"no weights at {path}: has this model been trained?")
-    try: weights = load_file(path)
+    try: file = safe_open(path, "pt")
     except (SafetensorError, OSError) as e: raise ValueError(f"{path} is not a whole safetensors file ({e})") from e
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(f"{path} holds weights of another model: {name} is {found.get(name, 'missing')} "
-                             f"in the file, {expected.get(name, 'absent')} in this model")
-    model.load_state_dict(weights, strict=False)   # strict would miss the other names of tied tables
+    with file:
+        parameters = dict(model.named_parameters())
+        expected = {name: tuple(p.shape) for name, p in parameters.items()}
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(f"{path} holds weights of another model: {name} is {found.get(name, 'missing')} "
+                                 f"in the file, {expected.get(name, 'absent')} in this model")
+        for name, p in parameters.items(): p.copy_(part(file.get_tensor(name), p))
 
 # %% ../../nbs/2_transformer/03_transformer.ipynb #a38005ed
 @torch.no_grad()

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..model import load_weights
 from .processes import agree, distribute_like, full_tensor
 
 # %% ../../nbs/4_training/04_checkpoints.ipynb #d3485981
@@ -261,23 +262,14 @@ def _read_state(folder: Path, expected: dict | None) -> dict:
     return state
 
 # %% ../../nbs/4_training/04_checkpoints.ipynb #2ca1f1b6
-@torch.no_grad()
 def load_model(
     model: nn.Module, # as it is, or sharded by FSDP2
     path: Path,       # a model.safetensors
 ):
     """Put weights into `model`; each process reads the file, a parameter at a time, and keeps its part. Raises
     FileNotFoundError, or ValueError for a damaged or foreign file."""
-    if not path.exists(): raise FileNotFoundError(f"no weights at {path}: has this model been trained?")
-    with _open(path) as file:
-        parameters = _parameters(model)
-        expected = {name: tuple(p.shape) for name, p in parameters.items()}
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise ValueError(f"{path} holds weights of another model: {name} is {found.get(name, 'missing')} "
-                                 f"in the file, {expected.get(name, 'absent')} in this model")
-        for name, p in parameters.items(): p.copy_(distribute_like(file.get_tensor(name), p))
+    _parameters(model)                                   # sharded, if it is to be
+    load_weights(model, path, distribute_like)
 
 # %% ../../nbs/4_training/04_checkpoints.ipynb #9418421b
 def load_checkpoint(
