@@ -51,6 +51,7 @@ def undisturbed(prepared, recipe, tmp_path_factory):
     run, log = shutil.copytree(prepared, folder / "run"), folder / "operations.log"
     counting = partial(at_operation, run, kill, 10 ** 9, log=log)
     assert wait(start(command, afresh(run, recipe) + ["--overwrite"], counting, output=folder / "log")) == 0
+    assert [int(p.name) for p in saved(run)] == [3, 9, 12, 15, 17]         # the best one and the last four
     return run
 
 
@@ -93,7 +94,8 @@ def kill_often(times, recipe, prepared, undisturbed, tmp_path, seed=None):
 def test_the_scale_of_fp16_is_taken_up(recipe, prepared, metrics, tmp_path):
     "Killed in the second validation; the scale changes before and after, and steps are skipped where it was too large"
     whole, parts = (shutil.copytree(prepared, tmp_path / name) for name in ("whole", "parts"))
-    fp16 = ["--train.precision", "fp16", "--train.max_steps", "9", "--train.log_every", "1"]
+    changes = {"precision": "fp16", "max_steps": 9, "log_every": 1, "learning_rate": 0.003}
+    fp16 = [word for name, value in changes.items() for word in (f"--train.{name}", str(value))]
     now = partial(at_call, "flash_transformer.training.trainer.validation_loss", kill, 1)
     for run, faults in (whole, []), (parts, [now]), (parts, []):
         child = start(command, go_on(run, recipe) + fp16, children.eager_scaler, *faults, output=tmp_path / "log")
