@@ -109,6 +109,7 @@ def _from_hub(data: DataConfig) -> tuple[str, int, pa.Table]:
     "What the hub, or a folder of its layout, has of the training split; reads little of it"
     where, name = str(data.path or HUB[data.corpus]), _config(data.corpus, data.source, data.target)
     label = f"{where} {name or ''}".rstrip()
+    if data.path and not Path(data.path).is_dir(): raise FileNotFoundError(f"there is no folder {data.path}")
     try:
         builder = load_dataset_builder(where, name)
         if Path(builder.cache_dir).is_dir(): rows = builder.as_dataset("train")   # fetched before: nothing to ask for
@@ -167,7 +168,7 @@ def _tell_disk(found: DryRun, train: TrainConfig, folder: Path | None):
     needed, free = 12 * found.numbers["parameters"] * kept, shutil.disk_usage(place).free
     found.numbers |= {"checkpoints_bytes": needed, "disk_free_bytes": free}
     found.lines["disk"] = f"{kept} checkpoints of {_size(needed / kept)}: {_size(needed)}; {_size(free)} are free"
-    if needed > free: raise OSError(f"checkpoints need {_size(needed)}, but only {_size(free)} are free at {place}: "
+    if needed > free: raise OSError(f"checkpoints need {_size(needed)}, but only {_size(free)} are free there: "
         "choose another --run, or lower train.keep_checkpoints")
 
 def _size(n: float) -> str:
