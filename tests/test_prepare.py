@@ -12,6 +12,8 @@ from string import ascii_letters
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flash_transformer.data import DataConfig, EncodedPairs, Prepared, TokenizerPair, corpus_of, prepare
@@ -105,8 +107,6 @@ def test_other_text_is_prepared_anew(config, tmp_path):
 
 
 def test_other_text_in_a_folder_of_the_hubs_layout(tmp_path, monkeypatch):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "hub/de-en").mkdir(parents=True)
     (tmp_path / "hub/README.md").write_text("---\nconfigs:\n- config_name: de-en\n  data_files:\n" + "".join(
@@ -352,3 +352,26 @@ def test_a_copy_of_the_folder_will_do(config, tmp_path):
     first = prepare(config, tmp_path / "data")
     shutil.move(tmp_path / "data", tmp_path / "elsewhere")
     same(first, prepare(config, tmp_path / "elsewhere"))
+
+
+# ---- the benchmark ----
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_benchmark_of_scale(tmp_path):
+    from flash_transformer.data import toy_corpus
+    (tmp_path / "toy/de-en").mkdir(parents=True)
+    for split, pairs in toy_corpus(2000, 50, 50).items():
+        rows = [{"de": pair["target"], "en": pair["source"]} for pair in pairs]
+        pq.write_table(pa.table({"translation": rows}), tmp_path / f"toy/de-en/{split}-00000-of-00001.parquet")
+    script = Path(__file__).parent.parent / "benchmarks/scale.py"
+    subprocess.run([sys.executable, script, tmp_path / "toy", "--pairs", "3000", "6000", "--tokenizer_pairs", "1000",
+                    "--work", tmp_path, "--out", tmp_path / "scale.json"], check=True)
+    found = json.loads((tmp_path / "scale.json").read_text())
+    assert list(found["sizes"]) == ["3000", "6000"]
+    for pairs, stages in found["sizes"].items():
+        assert stages["cache"]["pairs"] == stages["clean and encode"]["pairs"] == int(pairs)
+        assert stages["tokenizer"]["pairs"] == 1000 and len(stages["20 steps"]["losses"]) == 4
+        assert stages["plan"]["pairs"] == stages["first batch"]["pairs"] == stages["clean and encode"]["kept"]
+        assert all(50 < stage["peak_anon_mb"] <= stage["peak_resident_mb"] for stage in stages.values())
+    assert not [p for p in tmp_path.iterdir() if p.is_dir() and p.name != "toy"]     # cleaned up
