@@ -215,8 +215,8 @@ def _tell_memory(found: DryRun, model: Transformer, state: float, free: float, l
     batch = _batch_bytes(model, rows, length)
     found.numbers["batch_bytes"] = batch
     fits = state + batch <= free
-    found.lines["memory"] = (f"{_size(state)} for weights, gradients and Adam's averages, about {_size(batch)} for a "
-        f"batch of {rows} × {length} tokens; {_size(free)} are free: it {'fits' if fits else 'does not fit'}")
+    found.lines["memory"] = (f"{_size(state)} for weights, gradients and Adam, about {_size(batch)} for a batch of "
+        f"{rows} × {length} tokens; {_size(free)} free: {'fits' if fits else 'does not fit'}")
     if not fits: raise ValueError(f"about {_size(state + batch)} are needed and {_size(free)} are free: lower "
         "train.tokens_per_batch and raise train.accumulate as much, for the same training"
         + ("" if train.activation_checkpointing else ", or set train.activation_checkpointing"))
