@@ -345,7 +345,7 @@ def _command(arguments: list[str]):
 def _report(recipe: Recipe, run: Path):
     "What `train --dry-run` says; raises ValueError for what would stop the training"
     found = dry_run(recipe.data, recipe.model, recipe.train, run / "data")
-    print(found)
+    if int(os.environ.get("RANK", 0)) == 0: print(found)       # all processes have found the same
     if found.problems: raise ValueError(" ".join(found.problems))
 
 def _check_yaml(path: Path):
