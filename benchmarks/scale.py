@@ -34,7 +34,7 @@ STAGES = ("cache", "tokenizer", "clean and encode", "plan", "first batch", "20 s
 FILE = 250_000     # pairs of one Parquet file
 RECIPE = {
     "data": {"corpus": "wmt14", "vocab_size": 37_000, "max_length": 256,
-             "clean": ["empty", "ratio", "script", "copy", "duplicates"], "max_ratio": 3.0},
+             "clean": ["empty", "ratio", "script", "copy", "duplicates"], "max_ratio": 2.0},
     "model": {"d_model": 128, "d_ff": 512, "heads": 4, "encoder_layers": 2, "decoder_layers": 2},
     "train": {"max_steps": 20, "tokens_per_batch": 512, "warmup_steps": 10, "log_every": 5, "checkpoint_every": 20,
               "keep_checkpoints": 1, "average": 1}}

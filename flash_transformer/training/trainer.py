@@ -295,7 +295,9 @@ class _Keeper(_Stepper):
 
     def _write_weights(self):
         "The weights to use: model.safetensors"
-        if self.main: self.run.write_weights(self.config.average, self.at.best_step)
+        if self.main:
+            self.run.prune(self.config.keep_checkpoints, self.at.best_step)  # again, if we were killed before the first
+            self.run.write_weights(self.config.average, self.at.best_step)
         agree(0)                                            # the others wait for it
         load_model(self.bare, self.run.path / "model.safetensors")
 
