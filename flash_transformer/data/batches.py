@@ -112,7 +112,8 @@ class EncodedPairs:
         folder, arrays = Path(folder), []
         for path in (folder / f"{name}.npy" for name in _ARRAYS):
             try: arrays.append(np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray))
-            except (ValueError, EOFError) as error: raise ValueError(f"{path} is damaged: no whole array") from error
+            except (ValueError, EOFError, AttributeError) as error:   # AttributeError: np.load opens a zip, too
+                raise ValueError(f"{path} is damaged: no whole array") from error
         try: pairs = cls(*arrays, json.loads((folder / "pairs.json").read_text())["dropped"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} is damaged: {error!r}") from error
