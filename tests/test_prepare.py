@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import ascii_letters
 
@@ -235,6 +237,21 @@ def test_killed_and_taken_up(config, tmp_path, monkeypatch, where, at):
     same(whole, prepare(config, data))
     assert len(seen) == 14 and all(seen[path] == time for path, time in made.items())     # not one was made again
     assert not list(data.glob("unfinished*"))
+
+
+def test_two_at_once(config, tmp_path, monkeypatch):
+    "the one that comes second waits, and makes nothing again"
+    make_shard, made = MODULE._make_shard, []
+
+    def slowly(*arguments):
+        made.append(arguments[-1].name)
+        time.sleep(0.05)
+        make_shard(*arguments)
+    monkeypatch.setattr(MODULE, "SHARD", 3)
+    monkeypatch.setattr(MODULE, "_make_shard", slowly)
+    with ThreadPoolExecutor(2) as pool: one, other = pool.map(prepare, [config] * 2, [tmp_path / "data"] * 2)
+    assert sorted(made) == [f"{number:06d}" for number in range(14)]
+    same(one, other)
 
 
 @pytest.mark.long

@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .batches import EncodedPairs, encode_texts, write_array
@@ -240,6 +241,11 @@ def _finish(work, folder, config, files, tokenizers, report):
     os.replace(work / "data.json", folder / "data.json")     # last: it says that the rest is whole
     shutil.rmtree(work)
 
+# %% ../../nbs/3_data/06_prepare.ipynb #5543e715
+def _alone(folder):
+    "To be entered by one process of this machine at a time"
+    return FileLock(Path(tempfile.gettempdir()) / f"flash-transformer-{_key(str(folder.resolve()))}.lock")
+
 # %% ../../nbs/3_data/06_prepare.ipynb #236fed5a
 def prepare(
     config: DataConfig,
@@ -251,21 +257,28 @@ def prepare(
     Raises what `load_corpus` and `TokenizerPair.train` raise, `ValueError` when no pairs are left, and `OSError` when
     the disk is full."""
     if folder is None:                                         # the files live until nobody maps them any more
-        with tempfile.TemporaryDirectory() as place: return prepare(config, place, tokenizers)
+        with tempfile.TemporaryDirectory() as place:
+            _make(config, Path(place), tokenizers)
+            return Prepared.load(place)
     folder = Path(folder)
     if not _is_current(folder, config, tokenizers):
-        check_rules(config.clean)
-        files = _files_of(config)                              # now: should they change on the way, it will be seen
-        corpus = corpus_of(config, keep_empty=True)            # the rule `empty` will see to them
-        for split in "train", "validation":
-            if split not in corpus:
-                raise ValueError(f"training needs a {split} split, but there are: {', '.join(corpus)}."
-                                 f" Name it with --data.{split}")
-        try: _prepare(config, folder, tokenizers, corpus, files)
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-            raise OSError(f"no space left for {folder}: make room, start again, and it goes on from here") from e
+        with _alone(folder):
+            if not _is_current(folder, config, tokenizers): _make(config, folder, tokenizers)   # still not
     return Prepared.load(folder)
+
+# %% ../../nbs/3_data/06_prepare.ipynb #4674ce9c
+def _make(config, folder, tokenizers):
+    check_rules(config.clean)
+    files = _files_of(config)                              # now: should they change on the way, it will be seen
+    corpus = corpus_of(config, keep_empty=True)            # the rule `empty` will see to them
+    for split in "train", "validation":
+        if split not in corpus:
+            raise ValueError(f"training needs a {split} split, but there are: {', '.join(corpus)}."
+                             f" Name it with --data.{split}")
+    try: _prepare(config, folder, tokenizers, corpus, files)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        raise OSError(f"no space left for {folder}: make room, start again, and it goes on from here") from e
 
 
 def _prepare(config, folder, tokenizers, corpus, files):
