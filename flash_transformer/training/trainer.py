@@ -6,7 +6,6 @@
 __all__ = ['TrainConfig', 'Progress', 'validation_loss', 'Trainer']
 
 # %% ../../nbs/4_training/05_trainer.ipynb #81317456
-import json
 import math
 import signal
 import time
@@ -218,56 +217,7 @@ class _Stepper:
 
 # %% ../../nbs/4_training/05_trainer.ipynb #bb79518b
 class _Keeper(_Stepper):
-    "Metrics, validation, checkpoints and the final weights of a `Trainer`"
-    def _log(self) -> dict:
-        "A line of metrics over the steps since the last one; returns what the progress bar shows of it"
-        line = self.meter.read(self.ceiling * self.world)
-        if not math.isfinite(line["loss"]): self._diverged(f"the loss is {line['loss']}")
-        norm = float(full_tensor(self.norm)) # infinite where fp16's scaler skipped a step: JSON has no word for that
-        line |= {"gradient_norm": norm if math.isfinite(norm) else None, "memory": peak_memory(self.accelerator.device),
-            "learning_rate": self.optimiser.param_groups[0]["lr"]}
-        self._write(**line)
-        self.meter = _Meter()
-        return {name: line[name] for name in ("loss", "tokens_per_second")}
-
-    def _write(self, **event):
-        "A line in metrics.jsonl, and its numbers to the trackers"
-        if self.main: self.run.log(step=self.at.step, epoch=self.at.epoch, **event)
-        self.accelerator.log({k: v for k, v in event.items() if isinstance(v, (int, float))}, step=self.at.step)
-
-    def _diverged(self, what: str):
-        raise FloatingPointError(f"{what} at step {self.at.step}: lower train.learning_rate, set train.clip_norm, or "
-            f"raise train.warmup_steps; the checkpoints written before are kept in {self.run.path}")
-
-    def _validate(self, bar: tqdm):
-        "Validate, then write a checkpoint"
-        at, c = self.at, self.config
-        if self.meter.tokens: self._log()
-        loss = validation_loss(self.model, self.validation, c.tokens_per_batch, self.accelerator.device, self.rank,
-            self.world)
-        if not math.isfinite(loss): self._diverged(f"the validation loss is {loss}")
-        at.since_best += 1
-        if loss < at.best: at.best, at.best_step, at.since_best = loss, at.step, 0
-        if self.main:
-            done = f"epoch {at.epoch}, window {at.window}" if self.course.streamed else \
-                f"epoch {at.epoch + at.batch / max(1, len(self.course.plan)):.1f}"
-            bar.write(f"step {at.step}, {done}: "
-                f"validation loss {loss:.3f}{' (best)' if not at.since_best else ''}")
-        more = self._ask(self.on_validation) if self.on_validation else {}
-        self._write(validation_loss=loss, perplexity=math.exp(min(loss, 700)), **more)
-        self._save()
-        if self.main: self.run.prune(c.keep_checkpoints, at.best_step)
-        self.meter = _Meter()
-
-    def _ask(self, question: Callable[[Transformer], dict]) -> dict:
-        "What `question` says of the model as it is now; asked by the first process alone"
-        if not self.sharded: return question(self.bare) if self.main else {}
-        weights = {name: full_tensor(p.detach()) for name, p in self.bare.named_parameters()} # every process takes part
-        if not self.main: return {}
-        whole = Transformer(self.bare.config).to(self.accelerator.device)
-        whole.load_state_dict(weights, strict=False)       # not strict, since tied tables stand there once
-        return question(whole)
-
+    "Checkpoints and the final weights of a `Trainer`"
     def _save(self, stopped: bool = False): # is it only for a stop?
         "Write a checkpoint"
         finite = all((p.to_local() if self.sharded else p).isfinite().all() for p in self.bare.parameters())
@@ -301,8 +251,60 @@ class _Keeper(_Stepper):
         agree(0)                                            # the others wait for it
         load_model(self.bare, self.run.path / "model.safetensors")
 
+    def _diverged(self, what: str):
+        raise FloatingPointError(f"{what} at step {self.at.step}: lower train.learning_rate, set train.clip_norm, or "
+            f"raise train.warmup_steps; the checkpoints written before are kept in {self.run.path}")
+
+# %% ../../nbs/4_training/05_trainer.ipynb #7a6071d9
+class _Reporter(_Keeper):
+    "Metrics and validation of a `Trainer`"
+    def _log(self) -> dict:
+        "A line of metrics over the steps since the last one; returns what the progress bar shows of it"
+        line = self.meter.read(self.ceiling * self.world)
+        if not math.isfinite(line["loss"]): self._diverged(f"the loss is {line['loss']}")
+        norm = float(full_tensor(self.norm)) # infinite where fp16's scaler skipped a step: JSON has no word for that
+        line |= {"gradient_norm": norm if math.isfinite(norm) else None, "memory": peak_memory(self.accelerator.device),
+            "learning_rate": self.optimiser.param_groups[0]["lr"]}
+        self._write(**line)
+        self.meter = _Meter()
+        return {name: line[name] for name in ("loss", "tokens_per_second")}
+
+    def _write(self, **event):
+        "A line in metrics.jsonl, and its numbers to the trackers"
+        if self.main: self.run.log(step=self.at.step, epoch=self.at.epoch, **event)
+        self.accelerator.log({k: v for k, v in event.items() if isinstance(v, (int, float))}, step=self.at.step)
+
+    def _validate(self, bar: tqdm):
+        "Validate, then write a checkpoint"
+        at, c = self.at, self.config
+        if self.meter.tokens: self._log()
+        loss = validation_loss(self.model, self.validation, c.tokens_per_batch, self.accelerator.device, self.rank,
+            self.world)
+        if not math.isfinite(loss): self._diverged(f"the validation loss is {loss}")
+        at.since_best += 1
+        if loss < at.best: at.best, at.best_step, at.since_best = loss, at.step, 0
+        if self.main:
+            done = f"epoch {at.epoch}, window {at.window}" if self.course.streamed else \
+                f"epoch {at.epoch + at.batch / max(1, len(self.course.plan)):.1f}"
+            bar.write(f"step {at.step}, {done}: "
+                f"validation loss {loss:.3f}{' (best)' if not at.since_best else ''}")
+        more = self._ask(self.on_validation) if self.on_validation else {}
+        self._write(validation_loss=loss, perplexity=math.exp(min(loss, 700)), **more)
+        self._save()
+        if self.main: self.run.prune(c.keep_checkpoints, at.best_step)
+        self.meter = _Meter()
+
+    def _ask(self, question: Callable[[Transformer], dict]) -> dict:
+        "What `question` says of the model as it is now; asked by the first process alone"
+        if not self.sharded: return question(self.bare) if self.main else {}
+        weights = {name: full_tensor(p.detach()) for name, p in self.bare.named_parameters()} # every process takes part
+        if not self.main: return {}
+        whole = Transformer(self.bare.config).to(self.accelerator.device)
+        whole.load_state_dict(weights, strict=False)       # not strict, since tied tables stand there once
+        return question(whole)
+
 # %% ../../nbs/4_training/05_trainer.ipynb #f779c47b
-class _Bounds(_Keeper):
+class _Bounds(_Reporter):
     "Where a `Trainer` begins and ends"
     def _begin(self, resume: bool):
         if self.main: self.run.tidy()
