@@ -190,7 +190,7 @@ def whole(folder, undisturbed):
 
 
 @pytest.mark.parametrize("how, kilobytes", [("disk", 0), ("disk", 28), ("quota", 4), *(
-    pytest.param(*case, marks=pytest.mark.long) for case in [("disk", kb) for kb in range(4, 100, 8)])])
+    pytest.param(*case, marks=pytest.mark.long) for case in [("disk", kb) for kb in range(4, 100, 16)])])
 def test_full_disk_while_preparing(how, kilobytes, disk, recipe, prepared, contents, tmp_path):
     if how == "disk" and not disk: pytest.skip("neither root nor a user namespace here: no small disk can be mounted")
     run, output = tmp_path / "disk" / "run", tmp_path / "log"
