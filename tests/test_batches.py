@@ -221,7 +221,8 @@ def test_saved_and_mapped(tmp_path):
 def test_damaged_arrays(tmp_path, name, damage):
     EncodedPairs.encode(dataset(20), Spelled()).save(tmp_path)
     damage(tmp_path / f"{name}.npy")
-    with pytest.raises(ValueError, match=f"{tmp_path}.* is damaged: (no whole array|offsets and tokens)") as told: EncodedPairs.open(tmp_path)
+    words = f"{tmp_path}.* is damaged: (no whole array|offsets and tokens)"
+    with pytest.raises(ValueError, match=words) as told: EncodedPairs.open(tmp_path)
     assert "\n" not in str(told.value)
 
 

@@ -211,7 +211,7 @@ TRAIN = {  # what is added to a good command, and what the one line names
     "one language": ("--data.test {mess}/alone", "alone.de"),
     "other language": ("--data.target fr", "train.fr"),
     "one language twice": ("--data.target en", "'en'"),
-    "everything too long": ("--data.train {mess}/long", "too_long took 1. Look at the text, data.clean and data.max_length"),
+    "everything too long": ("--data.train {mess}/long", "too_long took 1. Look at the text, data.clean and"),
     "longer than a batch": ("--train.tokens_per_batch 5", "tokens_per_batch=5"),
     "unknown field": ("--model.widht 3", "widht"),
     "unknown section": ("--modle.heads 2", "modle"),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokenizers import PAD, as_arrays
+from .tokenizers import PAD
 
 # %% ../../nbs/3_data/04_batches.ipynb #f5d3091d
 class Batch(NamedTuple):

@@ -70,7 +70,7 @@ def whole(
 @contextmanager
 def or_one_sentence(
     what: str,         # being written while entered
-    run: "RunFolder",
+    run,               # a `RunFolder`
 ):
     "Make an OSError of one sentence of all that goes wrong while something is written"
     try: yield
