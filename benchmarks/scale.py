@@ -147,6 +147,10 @@ def stage(name, place):
         begun, drawn = time.perf_counter(), _Drawn(train, config, config.clean)
         TokenizerPair.train(drawn, config.tokenizer, config.vocab_size, config.joint).save(place / "tokenizer")
         told["pairs"] = len(drawn)
+    if name == "words":                              # not measured: how many different ones the tokenizer saw
+        drawn, seen = _Drawn(corpus_of(config, keep_empty=True)["train"], config, config.clean), set()
+        for part in drawn: seen.update(*(text.split(" ") for side in part.values() for text in side))
+        told["different_words"] = len(seen)
     if name == "clean and encode":
         prepared = prepare(config, run / "data", TokenizerPair.load(place / "tokenizer"))
         told |= {"pairs": prepared.report.pairs, "kept": prepared.report.kept, "taken": prepared.report.taken,
@@ -259,6 +263,7 @@ def main():
             for name in STAGES:
                 result["sizes"][pairs][name] = told = measure(name, place)
                 print(f"  {name}: {told['process_seconds']} s", flush=True)
+                if name == "tokenizer": told["different_words"] = measure("words", place)["different_words"]
             shutil.rmtree(place)
     finally: shutil.rmtree(work, ignore_errors=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -345,7 +345,7 @@ import torch
 from flash_transformer.training import agree, start_accelerator
 accelerator = start_accelerator("float32")
 rank = accelerator.process_index
-print("process", rank, "of", accelerator.num_processes, "agrees on", agree(rank))
+print(f"process {rank} of {accelerator.num_processes} agrees on {agree(rank)}")
 """
 
 
@@ -353,6 +353,7 @@ def test_torchrun_says_nothing_of_its_own(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
         str(free_port()), tmp_path / "script.py"], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)})
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent),
+                          "PYTHONUNBUFFERED": ""})           # else their words may mix
     assert done.returncode == 0 and done.stderr == ""
     assert sorted(done.stdout.splitlines()) == [f"process {rank} of 2 agrees on 1" for rank in range(2)]
