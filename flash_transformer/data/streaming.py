@@ -69,6 +69,7 @@ class ParquetPieces(Pieces):
         least,  # pairs of a piece, at the least: row groups are taken together to have as many
     ):
         self.pieces, rows, self._open = [], [], lru_cache(16)(_open)
+        self.lock = Lock()                               # two threads in one open file bring pyarrow down
         self.read = lru_cache(1)(self._read)             # the piece at a window's end begins the next window
         for file in tqdm(files, "reading footers", disable=None, leave=False):
             try: footer = self._open(file).metadata
@@ -84,7 +85,8 @@ class ParquetPieces(Pieces):
 
     def _read(self, piece):
         file, groups = self.pieces[piece]
-        try: table = self._open(file).read_row_groups(list(groups), self.columns).flatten()
+        try:
+            with self.lock: table = self._open(file).read_row_groups(list(groups), self.columns).flatten()
         except Exception as error: raise _broken(file, error, "--resume goes on from the last checkpoint.") from error
         return pa.table([table[name].cast(pa.string()) for name in self.columns], ["source", "target"])
 
