@@ -153,8 +153,6 @@ def _refuse_to_train(recipe: Recipe, run: Path, resume: bool, overwrite: bool):
     if resume: return _refuse_other_model(recipe, run)
     _refuse_existing(run, overwrite, keep=("data",))
     if not overwrite: _refuse_other_data(recipe, run)
-    if recipe.model.tie_embeddings == "all" and not recipe.data.joint:    # their sizes may happen to be equal
-        raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
 
 def _prepared(recipe: Recipe, run: Path, resume: bool, first: bool) -> Prepared: # is this the first process?
     "What `prepare` returns; of a corpus that is streamed, its folder keeps the tokenizers alone"

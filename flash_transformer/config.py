@@ -25,11 +25,15 @@ _SIZES = ("source_vocab_size", "target_vocab_size") # follow from the tokenizers
 
 @dataclass
 class Recipe:
-    "All that is decided about a run"
+    "All that is decided about a run; raises ValueError for sections that do not fit together"
     data: DataConfig
     model: TransformerConfig
     train: TrainConfig
     decode: DecodeConfig
+
+    def __post_init__(self):
+        if self.model.tie_embeddings == "all" and not self.data.joint:        # their sizes may happen to be equal
+            raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
 
     def to_dict(self) -> dict:
         "Plain dictionaries, as in YAML"

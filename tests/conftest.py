@@ -49,6 +49,13 @@ def finished(text, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def prepared(text, tmp_path_factory):
+    "A run folder with its corpus prepared, for the tests that stop and kill; beside it recipe.yaml"
+    import children
+    return children.prepare(text, tmp_path_factory.mktemp("prepared"))
+
+
 @pytest.fixture
 def run(finished, tmp_path):
     "A copy of it, to be damaged"

@@ -35,12 +35,6 @@ from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
-def prepared(text, tmp_path_factory):
-    "A run folder with its corpus prepared"
-    return children.prepare(text, tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture(scope="module")
 def recipe(prepared): return prepared.parent / "recipe.yaml"
 
 

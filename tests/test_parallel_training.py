@@ -26,12 +26,6 @@ TRAIN = {"max_steps": 50, "tokens_per_batch": 190, "learning_rate": 3e-3, "warmu
 
 
 @pytest.fixture(scope="module")
-def prepared(text, tmp_path_factory):
-    "A run folder with its corpus prepared"
-    return children.prepare(text, tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture(scope="module")
 def recipe(prepared): return prepared.parent / "recipe.yaml"
 
 

@@ -111,7 +111,6 @@ def test_all_problems_are_told_at_once(recipe, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(model=dict(tie_embeddings="all"), data=dict(joint=False)), "one vocabulary"),
     (dict(train=dict(tokens_per_batch=200)), "data.max_length = 256 tokens would not fit into a batch of 200"),
     (dict(train=dict(trackers=["nobody"])), "nobody"),
     (dict(data=dict(clean=["nonsense"])), "nonsense"),

@@ -147,8 +147,6 @@ def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length:
 def _sized(model: TransformerConfig, data: DataConfig, tokenizers: TokenizerPair | None, prepared: bool):
     "The model's configuration with vocabulary sizes: those of the tokenizers, or those that the recipe asks for"
     sizes = [tokenizers.source_size, tokenizers.target_size] if prepared else [data.vocab_size] * 2
-    if model.tie_embeddings == "all" and not data.joint:
-        raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
     return TransformerConfig(**vars(model) | {"source_vocab_size": sizes[0], "target_vocab_size": sizes[1]})
 
 def _tell_model(found: DryRun, config: TransformerConfig, prepared: bool):
@@ -222,7 +220,7 @@ def _tell_memory(found: DryRun, model: Transformer, state: float, free: float, l
         + ("" if train.activation_checkpointing else ", or set train.activation_checkpointing"))
 
 # %% ../../nbs/4_training/06_wmt14.ipynb #4c04b717
-PATIENCE = 10    # seconds that a batch may take to be measured whole
+MOST_SECONDS = 10 # that a batch may take, to be measured whole
 
 def _seconds(model, batch: Batch, device: torch.device) -> float:
     "Of a forward and a backward pass"
@@ -241,7 +239,7 @@ def _measure(model, optimiser, corpus: _Corpus, tokens: int, device: torch.devic
         return plan[len(plan) // 2]
     rows = middle(512)
     for _ in range(2): seconds = _seconds(model, corpus.train.batch(rows), device)          # the first warms up
-    rows = middle(-agree(-min(tokens, int(PATIENCE / seconds * 512))))     # all processes the same
+    rows = middle(-agree(-min(tokens, int(MOST_SECONDS / seconds * 512))))     # all processes the same
     batch = min(_seconds(model, corpus.train.batch(rows), device) for _ in range(2))
     for _ in range(2):                                                     # the first makes Adam's averages
         start = time.perf_counter()
