@@ -31,7 +31,7 @@ precision, measured in each round (`matmul_ceiling`).
 
 Profile: a few steps of ours under torch.profiler. Hooks on the modules open named ranges; an operation of the forward
 pass belongs to the range it runs in, and one of the backward pass to the range in which its node was made, found by
-autograd's sequence number. What no operation covers is Python's and the profiler's; what that costs, the two step times show.
+autograd's sequence number. What no operation covers is Python's, and the profiler's: see the two step times.
 """
 import argparse
 import json
@@ -89,14 +89,14 @@ def train_ours(run, precision, done):
 
 
 def serve_ours(run, precision, warm):
-    turns = Turns(warm)
+    facts = {"torch": torch.__version__}
+    turns = Turns(warm, lambda: facts)
 
     def done(trainer, step):
-        tokens, flops = trainer.meter.tokens, trainer.meter.flops
+        before = trainer.meter.tokens, trainer.meter.flops
         step(trainer)
-        turns.facts = {"precision": trainer.precision, "torch": torch.__version__,
-                       "parameters": sum(p.numel() for p in trainer.bare.parameters())}
-        turns.done(trainer.meter.tokens - tokens, trainer.meter.flops - flops)
+        facts.update(precision=trainer.precision, parameters=sum(p.numel() for p in trainer.bare.parameters()))
+        turns.done(trainer.meter.tokens - before[0], trainer.meter.flops - before[1])
     return train_ours(run, precision, done)
 
 

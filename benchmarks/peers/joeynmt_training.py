@@ -60,7 +60,7 @@ def configuration(r, work):
                      "clip_grad_norm": r["clip_norm"], "scheduling": "warmupinversesquareroot",
                      "learning_rate": r["learning_rate"], "learning_rate_warmup": r["warmup_steps"],
                      "learning_rate_min": 1e-9, "batch_size": r["tokens_per_batch"], "batch_type": "token",
-                     "batch_multiplier": 1, "shuffle": True, "epochs": 1000, "logging_freq": 5,
+                     "batch_multiplier": 1, "shuffle": True, "epochs": 1000, "logging_freq": 2,
                      "validation_freq": 10**6, "early_stopping_metric": "loss", "overwrite": True},
         "testing": {"beam_size": 1, "batch_size": 64, "max_output_length": 60, "eval_metrics": ["bleu"]},
     }
@@ -84,15 +84,15 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     learn_tokenizer(r, work)
     (work / "config.yaml").write_text(yaml.safe_dump(configuration(r, work)))
-    own, turns, train_step, before = OwnFigures(), Turns(r["warm"]), TrainManager._train_step, []
+    own, train_step, before = OwnFigures(), TrainManager._train_step, []
+    facts = {"joeynmt": joeynmt.__version__, "torch": torch.__version__}
+    turns = Turns(r["warm"], lambda: facts | {"logged": own.rates, "loss": own.losses[-1:]})
 
     def step(manager, batch): # called with the next batch, when the one before is wholly done, optimiser and all
         if before: turns.done(before.pop())
         else:
             logging.getLogger("joeynmt.training").addHandler(own)  # no earlier: JoeyNMT sets up bare loggers only
-            turns.facts["parameters"] = sum(p.numel() for p in manager.model.parameters())
-        turns.facts |= {"joeynmt": joeynmt.__version__, "torch": torch.__version__, "logged": own.rates[:],
-                        "loss": own.losses[-1:]}
+            facts["parameters"] = sum(p.numel() for p in manager.model.parameters())
         before.append(batch.ntokens)
         return train_step(manager, batch)
     TrainManager._train_step = step

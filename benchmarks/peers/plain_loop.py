@@ -98,7 +98,8 @@ def main():
     if r["engine"] == "marian":
         import transformers
         facts |= {"transformers": transformers.__version__, "attention": r["attention"]}
-    turns, losses = Turns(r["warm"]), []
+    losses = []
+    turns = Turns(r["warm"], lambda: facts | {"loss": sum(map(float, losses)) / len(losses)})
     model.train()
     for batch, n in cycle(zip(ready, tokens)):
         with torch.autocast("cpu", torch.bfloat16) if r["bf16"] else nullcontext(): loss = loss_of(batch)
@@ -108,7 +109,6 @@ def main():
         schedule.step()
         optimiser.zero_grad()
         losses = losses[-11:] + [loss.detach()]
-        turns.facts = facts | {"loss": losses}
         turns.done(n)
 
 

@@ -13,8 +13,8 @@ MARK = '{"turn": '                           # how a line begins that is meant f
 
 
 class Turns:
-    def __init__(self, warm, **facts): # steps before the first turn; what the driver shall know of this engine
-        self.left, self.until, self.facts = warm, None, facts
+    def __init__(self, warm, about): # steps before the first turn; () -> what the driver shall know of the engine
+        self.left, self.until, self.about = warm, None, about
         self.tokens = self.flops = self.steps = 0
         self.start = time.perf_counter()
 
@@ -24,7 +24,7 @@ class Turns:
         seconds = time.perf_counter() - self.start
         if self.steps < self.left or (self.until and seconds < self.until): return
         print(MARK + json.dumps({"tokens": self.tokens, "flops": self.flops, "steps": self.steps,
-                                 "seconds": seconds, **self.facts}) + "}", flush=True)
+                                 "seconds": seconds, **self.about()}) + "}", flush=True)
         line = sys.stdin.readline().strip()
         if not line: raise SystemExit
         self.left, self.until = (1, float(line)) if "." in line else (int(line), None)
