@@ -1,0 +1,406 @@
+"""Decoding speed, ours and the peers' in turn: same trained weights, same sentences, same cores.
+
+    python benchmarks/decoding.py RUN --test PREFIX      a trained run folder; the text is PREFIX.en and PREFIX.de
+    python benchmarks/decoding.py --plot FILE            measures nothing: draws what was measured
+
+RUN is what `flash-transformer train` leaves, of a pre-norm model with joint embeddings. The work, for every engine:
+all sentences with beam 4; all of them greedily; the first hundred one after another, greedily and with beam 4.
+
+ours          `Translator.translate`, as `flash-transformer translate` calls it: text in, text out, so that tokenising
+              and detokenising count, which they do for nobody else. One engine for each precision that it knows
+ctranslate2   the C++ engine, with our weights; ids in, ids out
+m2m100        `generate` of transformers with our weights: M2M100 is pre-norm, with ReLU and fixed sines, as ours
+marian        `generate` with MarianMTModel, which is post-norm and cannot take our weights: random ones of the same
+              size, made to go on for as many steps as the longest of our translations of the batch needs
+
+Before anything is timed, CTranslate2 and m2m100 must write our translations, greedily and in float32: up to 1 in 100
+may differ (ties, and sentences cut off). With a beam they need not: both divide by the length where we divide by
+((5 + length) / 6) ** α; the length penalty is 1 for all of them, and BLEU is shown.
+
+Every peer gets the setting that is best for it, found first: type, sentences (or tokens) at once, threads on one batch
+or each on its own, and whether glibc keeps freed memory, as `flash-transformer train` has it. "ctranslate2" is the
+fastest type, "ctranslate2 float32" the fastest with this type.
+
+Every engine is a process of its own, which sleeps until it is asked; all are asked in turn, round after round, after
+one round that is not counted. Peers live in environments that this script makes once, in --peers; pip's environment
+variables hold for that (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a small PyTorch).
+
+Profile: a quarter of the sentences, ours, beam 4, under torch.profiler. Ranges are opened around our functions from
+outside. Operations belong to the innermost range; what no operation covers is Python's, and the profiler's.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import sacrebleu
+import torch
+from peers_decoding.serve import MARK, request, serve
+from training import ceilings, machine
+
+from flash_transformer.translation import DecodeConfig, Translator
+
+HERE = Path(__file__).parent
+OUT = HERE / "results" / "decoding.json"
+EXTRA = 50                                       # tokens that a translation may have more than its source
+WORKS = {"beam 4": dict(beam=4, single=False), "greedy": dict(beam=1, single=False),
+         "one by one, greedy": dict(beam=1, single=True), "one by one, beam 4": dict(beam=4, single=True)}
+SINGLE = 100                                     # sentences that are translated one by one
+OURS = ("auto", "float32", "int8")
+PEERS = {"ctranslate2": ["ctranslate2==4.8.5", "numpy", "safetensors"],
+         "transformers": [f"torch=={torch.__version__.split('+')[0]}", "transformers==5.23.0", "numpy", "safetensors"]}
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+GOALS = [("beam 4", "ctranslate2", 1.0), ("greedy", "ctranslate2", 1.0), ("beam 4", "generate", 4.0),
+         ("one by one, greedy", "generate", 3.0)]
+
+
+# ---- ours, in a process of its own ----
+
+def how(kind): return {"precision": kind} if "precision" in DecodeConfig.__dataclass_fields__ else {}
+
+
+def precisions():
+    "Those of `OURS` that a `DecodeConfig` takes"
+    def known(name):
+        try: return bool(DecodeConfig(**how(name)))
+        except ValueError: return False
+    return [name for name in OURS if known(name)] if how("auto") else ["auto"]
+
+
+def serve_ours():
+    asked = request()
+    torch.set_num_threads(asked["threads"])
+    translator, texts = Translator.from_run(asked["run"]), asked["texts"]
+
+    def run(job, numbers):
+        return translator.translate([texts[i] for i in numbers], beam=job["beam"], **how(job["type"]))
+    serve({"versions": {"torch": torch.__version__}, "types": precisions()}, run)
+
+
+# ---- the driver ----
+
+def python_of(name, folder):
+    "The Python of a peer's environment, which is made if it is not there"
+    python = folder.absolute() / name / "bin" / "python"
+    wanted = dict(package.split("==") for package in PEERS[name] if "==" in package)
+    check = (f"from importlib.metadata import version; import safetensors\n"
+             f"assert all(version(name).split('+')[0] == v for name, v in {wanted}.items())")
+    if python.exists() and not subprocess.run([python, "-c", check], capture_output=True).returncode: return python
+    print(f"making an environment for {name} in {python.parent.parent}", flush=True)
+    venv.create(python.parent.parent, with_pip=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[name]], check=True)
+    return python
+
+
+class Worker:
+    "An engine in a process of its own, with the PyTorch threads and the memory that it is to have"
+    def __init__(self, command, asked, threads, keep=True):
+        environment = os.environ | (KEEP if keep else {}) | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen([*map(str, command), str(asked)], env=environment, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors, text=True)
+        self.facts = self.answer()
+
+    def answer(self):
+        for line in self.process.stdout:
+            if line.startswith(MARK): return json.loads(line)["answer"]
+        self.process.wait()
+        self.errors.seek(0)
+        raise SystemExit(f"{self.process.args[1:]} ended: {self.errors.read()[-3000:]}")
+
+    def ask(self, job, show=False):
+        time.sleep(0.3)                                          # until the threads of who was asked before sleep, too
+        print(json.dumps(job | {"show": show}), file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.read()
+        self.process.wait()
+
+
+class Engine:
+    "A worker, or one with kept and one with freed memory, and what can be set"
+    def __init__(self, start, threads):
+        self.start, self.threads, self.workers = start, threads, {}
+        self.types, self.versions = (self.worker(True).facts[key] for key in ("types", "versions"))
+
+    def worker(self, keep):
+        if keep not in self.workers: self.workers[keep] = self.start(keep)
+        return self.workers[keep]
+
+    def ask(self, job, setting, show=False): return self.worker(setting.get("keep", True)).ask(job | setting, show)
+
+    def close(self):
+        for worker in self.workers.values(): worker.close()
+
+    def seconds(self, job, setting, tries=2):
+        self.ask(job | {"sentences": min(32, job["sentences"])}, setting)   # loads the model
+        return min(self.ask(job, setting)["seconds"] for _ in range(tries))
+
+
+def choices(who, types, job, threads):
+    "What is tried for a peer, one thing after another: alternatives for some of the settings"
+    if who == "ctranslate2": across, batches = [{"spread": False}, {"spread": True}], (32, 128, 256, -1024, -4096)
+    else: across, batches = [{"threads": threads}] + [{"threads": 1}] * job["single"], (32, 128)
+    yield [{"type": kind, "batch": 64} | a for kind, a in itertools.product(types, across)]
+    if not job["single"]: yield [{"batch": batch} for batch in batches]
+    yield [{"keep": False}]
+
+
+def tune(engine, who, types, job, name, log):
+    "The fastest setting of a peer for a job; `log` takes all that were tried"
+    best, least = {"keep": True}, float("inf")
+    for changes in choices(who, types, job, engine.threads):
+        start = best
+        for change in changes:
+            seconds = engine.seconds(job, start | change)
+            log.append({"engine": name, "work": job["work"], **start, **change, "seconds": seconds})
+            if seconds < least: best, least = start | change, seconds
+    print(f"{job['work']}: {name} is fastest with {best}, {job['sentences'] / least:.1f} sentences/s", flush=True)
+    return best
+
+
+def read(options):
+    "Sentences and references"
+    lines = [Path(f"{options.test}.{side}").read_text(encoding="utf-8").splitlines()[:options.sentences]
+             for side in (options.source, options.target)]
+    if len(lines[0]) != len(lines[1]): raise SystemExit(f"{options.test}: {len(lines[0])} lines and {len(lines[1])}")
+    return lines
+
+
+def agree(engines, tokenizers, ours, log):
+    "CTranslate2 and m2m100 write what we write, or the numbers mean nothing"
+    for name, setting in (("ctranslate2", {"type": "float32", "spread": False}),
+                          ("transformers", {"type": "m2m100 float32", "threads": engines["transformers"].threads})):
+        job = WORKS["greedy"] | {"sentences": len(ours), "batch": 64}
+        ids = engines[name].ask(job, setting, show=True)["translations"]
+        log[name] = sum(a != b for a, b in zip(ours, tokenizers.decode_target(ids)))
+        print(f"{name}, float32, greedy: {log[name]} of {len(ours):,} translations are not ours", flush=True)
+        if log[name] > max(3, len(ours) / 100): raise SystemExit("that is another model, or one that does not end")
+
+
+def engines_of(options, work, asked):
+    "Starts everybody"
+    path = work / "request.json"
+    path.write_text(json.dumps(asked))
+    commands = {"ours": [sys.executable, __file__, "--worker"]} | {
+        name: [python_of(name, options.peers), HERE / "peers_decoding" / f"{name}_worker.py"] for name in PEERS}
+    def starter(name): return lambda keep: Worker(commands[name], path, options.threads, keep)
+    return {name: Engine(starter(name), options.threads) for name in commands}
+
+
+def measure(options, work):
+    "Everything, as it is written to the file"
+    torch.set_num_threads(options.threads)
+    texts, references = read(options)
+    translator = Translator.from_run(options.run)
+    tokenizers, shape = translator.tokenizers, translator.model.config
+    if (shape.norm, shape.tie_embeddings) != ("pre", "all"):
+        raise SystemExit(f"{options.run} is not pre-norm with one table, which is what goes into all of the peers")
+    sources = tokenizers.encode_source(texts)
+    greedy = translator.translate(texts, beam=1, **how("float32"))
+    longest = max(map(len, sources)) + EXTRA
+    asked = {"run": str(options.run), "weights": str(options.run / "model.safetensors"), "shape": vars(shape),
+        "texts": texts, "sources": sources, "longest": longest, "threads": options.threads,
+        "written": [len(ids) - 2 for ids in tokenizers.encode_target(greedy)], "folder": str(work / "ctranslate2")}
+    jobs = {name: {"work": name, "sentences": min(len(texts), SINGLE) if job["single"] else len(texts), **job}
+            for name, job in WORKS.items() if name in options.works}
+    result = {"machine": machine(options.threads), "ceilings": ceilings(), "model": vars(shape),
+              "decode": vars(translator.config), "sentences": len(texts), "differ_greedy_float32": {}, "tried": [],
+              "works": {}}
+    engines = engines_of(options, work, asked)
+    for engine in engines.values(): result["machine"] |= engine.versions
+    agree(engines, tokenizers, greedy, result["differ_greedy_float32"])
+    for name, job in jobs.items():
+        contestants = {f"ours {kind}": ("ours", {"type": kind}) for kind in engines["ours"].types}
+        for peer, who, types in peers(engines):
+            contestants[peer] = who, tune(engines[who], who, types, job, peer, result["tried"])
+        if contestants["ctranslate2"] == contestants["ctranslate2 float32"]: del contestants["ctranslate2 float32"]
+        result["works"][name] = rounds(engines, contestants, job, options.rounds)
+        for engine in result["works"][name].values():
+            judge(engine, job, tokenizers, references)
+    for engine in engines.values(): engine.close()
+    result["ratios"] = ratios(result["works"])
+    result["profile"] = profile(translator, texts[::4])
+    return result
+
+
+def peers(engines):
+    "Peers as they are compared: name, who runs it, types to choose from"
+    yield "ctranslate2", "ctranslate2", engines["ctranslate2"].types
+    yield "ctranslate2 float32", "ctranslate2", ["float32"]
+    for model in ("m2m100", "marian"):
+        yield model, "transformers", [kind for kind in engines["transformers"].types if kind.startswith(model)]
+
+
+def rounds(engines, contestants, job, n):
+    "Everybody in turn; the first round is for warming up, and to see the translations"
+    found = {name: {"setting": setting, "seconds": [], "median_ms": []} for name, (_, setting) in contestants.items()}
+    for turn in range(n + 1):
+        for name, (who, setting) in contestants.items():
+            answer = engines[who].ask(job, setting, show=turn == 0)
+            if turn == 0: found[name]["translations"] = answer["translations"]
+            else:
+                found[name]["seconds"].append(answer["seconds"])
+                found[name]["median_ms"].append(1000 * answer["median"])
+        if turn: print(f"{job['work']}, round {turn}: " + ", ".join(
+            f"{name} {job['sentences'] / e['seconds'][-1]:,.1f}" for name, e in found.items()), flush=True)
+    return found
+
+
+def judge(engine, job, tokenizers, references):
+    "Rate, and in the place of the translations their length and BLEU; those of random weights say nothing"
+    translations, seconds = engine.pop("translations"), statistics.median(engine["seconds"])
+    engine["sentences_per_second"] = job["sentences"] / seconds
+    if job["single"]: engine["median_ms"] = statistics.median(engine["median_ms"])
+    else: del engine["median_ms"]
+    if engine["setting"]["type"].startswith("marian"): return
+    if isinstance(translations[0], str): ids = [row[1:-1] for row in tokenizers.encode_target(translations)]
+    else: ids, translations = translations, tokenizers.decode_target(translations)
+    engine["tokens_per_sentence"] = sum(map(len, ids)) / len(ids)
+    engine["bleu"] = sacrebleu.corpus_bleu(translations, [references[:job["sentences"]]]).score
+
+
+def ratios(works):
+    "How many times as fast as the fastest of the peers ours is, by the medians; with what was to be reached"
+    found = []
+    for work, peer, goal in GOALS:
+        if work not in works: continue
+        speed = {name: e["sentences_per_second"] for name, e in works[work].items()}
+        wanted = ("ctranslate2",) if peer == "ctranslate2" else ("m2m100", "marian")
+        best = max((name for name in speed if name.startswith(wanted)), key=speed.get)
+        found.append({"work": work, "against": best, "setting": works[work][best]["setting"]["type"],
+                      "ratio": round(speed["ours auto"] / speed[best], 2), "goal": goal})
+    return found
+
+
+# ---- where the time goes ----
+
+LABEL = "part: "
+
+
+def ranges(model):
+    "Functions around which a range is opened: where they are found, their name there, the part of the work"
+    from flash_transformer.attention import KeyValueCache
+    from flash_transformer.translation import translator
+    return [(model, "encode", "encoder"), (model, "decode", "decoder layers"),
+            (model.output, "forward", "vocabulary projection"), (KeyValueCache, "reorder", "cache reorder"),
+            (translator, "_search", "search")]
+
+
+def ranged(function, part):
+    def call(*args, **kwargs):
+        with torch.profiler.record_function(LABEL + part): return function(*args, **kwargs)
+    return call
+
+
+def sort(event, part, operations, python):
+    "Microseconds of what lies directly in a range, part by part"
+    python[part] += event.time_range.elapsed_us() - sum(e.time_range.elapsed_us() for e in event.cpu_children)
+    for e in event.cpu_children:
+        if e.name.startswith(LABEL): sort(e, e.name.removeprefix(LABEL), operations, python)
+        else: operations[part] += e.time_range.elapsed_us()
+
+
+def profile(translator, texts):
+    "Per cent of the time of each part: in operations, and in Python between them"
+    def seconds():
+        start = time.perf_counter()
+        translator.translate(texts, beam=4)
+        return time.perf_counter() - start
+    seconds()
+    plain = min(seconds() for _ in range(3))
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in ranges(translator.model):
+            stack.enter_context(mock.patch.object(owner, name, ranged(getattr(owner, name), part)))
+        found = stack.enter_context(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]))
+        ranged(seconds, "tokenising, batches, detokenising")()
+    operations, python = Counter(), Counter()
+    whole, = (e for e in found.events() if e.name == LABEL + "tokenising, batches, detokenising")
+    sort(whole, "tokenising, batches, detokenising", operations, python)
+    total = whole.time_range.elapsed_us()
+    own = Counter({e.key: e.self_cpu_time_total for e in found.key_averages() if "::" in e.key})
+    return {"sentences": len(texts), "seconds": plain, "seconds_profiled": total / 1e6,
+        "per_cent": {part: {"operations": round(100 * operations[part] / total, 1),
+                            "python": round(100 * python[part] / total, 1)} for part in operations | python},
+        "operations": sum(e.name.startswith("aten::") for e in found.events()),
+        "own_time_per_cent": {name: round(100 * t / total, 1) for name, t in own.most_common(16)}}
+
+
+# ---- showing ----
+
+def table(result): # → lines
+    lines = []
+    for work, found in result["works"].items():
+        lines.append(f"{work:<22} {'sentences/s':>12} {'lowest':>8} {'highest':>8} {'BLEU':>6} {'tokens':>7}   setting")
+        n = min(SINGLE, result["sentences"]) if WORKS[work]["single"] else result["sentences"]
+        for name, e in found.items():
+            bleu, tokens = (f"{e[key]:.{places}f}" if key in e else "" for key, places in (("bleu", 2), ("tokens_per_sentence", 1)))
+            setting = ", ".join(f"{key} {value}" for key, value in e["setting"].items())
+            if "median_ms" in e: setting = f"{e['median_ms']:.1f} ms a sentence (median); {setting}"
+            lines.append(f"  {name:<20} {e['sentences_per_second']:>12,.1f} {n / max(e['seconds']):>8,.1f} "
+                         f"{n / min(e['seconds']):>8,.1f} {bleu:>6} {tokens:>7}   {setting}")
+    lines += [f"{r['work']}: ours is {r['ratio']:.2f} × as fast as {r['against']} ({r['setting']}), "
+              f"wanted {r['goal']} ×" for r in result["ratios"]]
+    p = result["profile"]
+    lines.append(f"{p['sentences']} sentences, beam 4: {p['seconds']:.2f} s, profiled {p['seconds_profiled']:.2f} s, "
+                 f"{p['operations']:,} operations; per cent in operations, in Python")
+    return lines + [f"{e['operations']:>6.1f} {e['python']:>6.1f}  {part}" for part, e in p["per_cent"].items()]
+
+
+def draw(result, path):
+    "A bar of the median for each engine and work, its rounds as dots"
+    import matplotlib.pyplot as plt
+    works = result["works"]
+    _, axes = plt.subplots(len(works), figsize=(7, 0.45 * sum(map(len, works.values())) + 0.6 * len(works)),
+        height_ratios=[len(found) for found in works.values()], layout="constrained", squeeze=False)
+    for ax, (work, found) in zip(axes[:, 0], works.items()):
+        n = min(SINGLE, result["sentences"]) if WORKS[work]["single"] else result["sentences"]
+        for y, (name, e) in enumerate(reversed(found.items())):
+            rates = [n / seconds for seconds in e["seconds"]]
+            ax.barh(y, e["sentences_per_second"], color="C0" if name.startswith("ours") else "0.75")
+            ax.plot(rates, [y] * len(rates), "k.", markersize=4)
+            ax.annotate(f"  {e['sentences_per_second']:,.4g}", (max(rates), y), va="center")
+        ax.set(yticks=range(len(found)), yticklabels=reversed(found), title=work)
+        ax.margins(x=0.12)
+        ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel("sentences a second, median and rounds")
+    plt.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="folder that training left")
+    parser.add_argument("--test", help="prefix of the text")
+    parser.add_argument("--source", default="en")
+    parser.add_argument("--target", default="de")
+    parser.add_argument("--sentences", type=int, help="so many of them, from the first on; else all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK",
+                        help=f"some of: {', '.join(WORKS)}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every engine")
+    parser.add_argument("--peers", type=Path, default=HERE.parent / ".peers", help="folder of the peers' environments")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there")
+    options = parser.parse_args()
+    if options.run and options.test:
+        with tempfile.TemporaryDirectory() as work: result = measure(options, Path(work))
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        print("\n".join(table(result)), f"\nwritten to {options.out}")
+    elif not options.plot: parser.error("give a run folder and --test, or --plot alone")
+    if options.plot: draw(json.loads(options.out.read_text()), options.plot)
+
+
+if __name__ == "__main__": serve_ours() if sys.argv[1:2] == ["--worker"] else main()
