@@ -347,7 +347,7 @@ def table(result): # → lines
         lines.append(f"{work:<22} {'sentences/s':>12} {'lowest':>8} {'highest':>8} {'BLEU':>6} {'tokens':>7}   setting")
         n = min(SINGLE, result["sentences"]) if WORKS[work]["single"] else result["sentences"]
         for name, e in found.items():
-            bleu, tokens = (f"{e[key]:.{places}f}" if key in e else "" for key, places in (("bleu", 2), ("tokens_per_sentence", 1)))
+            bleu, tokens = (f"{e[key]:.2f}" if key in e else "" for key in ("bleu", "tokens_per_sentence"))
             setting = ", ".join(f"{key} {value}" for key, value in e["setting"].items())
             if "median_ms" in e: setting = f"{e['median_ms']:.1f} ms a sentence (median); {setting}"
             lines.append(f"  {name:<20} {e['sentences_per_second']:>12,.1f} {n / max(e['seconds']):>8,.1f} "
