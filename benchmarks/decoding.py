@@ -7,7 +7,7 @@ RUN is what `flash-transformer train` leaves, of a pre-norm model with joint emb
 all sentences with beam 4; all of them greedily; the first hundred one after another, greedily and with beam 4.
 
 ours          `Translator.translate`, as `flash-transformer translate` calls it: text in, text out, so that tokenising
-              and detokenising count, which they do for nobody else. One engine for each precision that it knows
+              and detokenising count, which they do for nobody else. In the precision that it chooses, and in float32
 ctranslate2   the C++ engine, with our weights; ids in, ids out
 m2m100        `generate` of transformers with our weights: M2M100 is pre-norm, with ReLU and fixed sines, as ours
 marian        `generate` with MarianMTModel, which is post-norm and cannot take our weights: random ones of the same
@@ -48,7 +48,8 @@ import torch
 from peers_decoding.serve import MARK, request, serve
 from training import ceilings, machine
 
-from flash_transformer.translation import DecodeConfig, Translator
+from flash_transformer.translation import Translator
+from flash_transformer.translation.fast_decoding import FastTransformer
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "decoding.json"
@@ -56,7 +57,7 @@ EXTRA = 50                                       # tokens that a translation may
 WORKS = {"beam 4": dict(beam=4, single=False), "greedy": dict(beam=1, single=False),
          "one by one, greedy": dict(beam=1, single=True), "one by one, beam 4": dict(beam=4, single=True)}
 SINGLE = 100                                     # sentences that are translated one by one
-OURS = ("auto", "float32", "int8")
+OURS = ("auto", "float32")
 PEERS = {"ctranslate2": ["ctranslate2==4.8.5", "numpy", "safetensors"],
          "transformers": [f"torch=={torch.__version__.split('+')[0]}", "transformers==5.23.0", "numpy", "safetensors"]}
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -66,25 +67,14 @@ GOALS = [("beam 4", "ctranslate2", 1.0), ("greedy", "ctranslate2", 1.0), ("beam 
 
 # ---- ours, in a process of its own ----
 
-def how(kind): return {"precision": kind} if "precision" in DecodeConfig.__dataclass_fields__ else {}
-
-
-def precisions():
-    "Those of `OURS` that a `DecodeConfig` takes"
-    def known(name):
-        try: return bool(DecodeConfig(**how(name)))
-        except ValueError: return False
-    return [name for name in OURS if known(name)] if how("auto") else ["auto"]
-
-
 def serve_ours():
     asked = request()
     torch.set_num_threads(asked["threads"])
     translator, texts = Translator.from_run(asked["run"]), asked["texts"]
 
     def run(job, numbers):
-        return translator.translate([texts[i] for i in numbers], beam=job["beam"], **how(job["type"]))
-    serve({"versions": {"torch": torch.__version__}, "types": precisions()}, run)
+        return translator.translate([texts[i] for i in numbers], beam=job["beam"], precision=job["type"])
+    serve({"versions": {"torch": torch.__version__}, "types": OURS}, run)
 
 
 # ---- the driver ----
@@ -210,7 +200,7 @@ def measure(options, work):
     if (shape.norm, shape.tie_embeddings) != ("pre", "all"):
         raise SystemExit(f"{options.run} is not pre-norm with one table, which is what goes into all of the peers")
     sources = tokenizers.encode_source(texts)
-    greedy = translator.translate(texts, beam=1, **how("float32"))
+    greedy = translator.translate(texts, beam=1, precision="float32")
     longest = max(map(len, sources)) + EXTRA
     asked = {"run": str(options.run), "weights": str(options.run / "model.safetensors"), "shape": vars(shape),
         "texts": texts, "sources": sources, "longest": longest, "threads": options.threads,
@@ -289,15 +279,17 @@ def ratios(works):
 # ---- where the time goes ----
 
 LABEL = "part: "
+TEXT, VOCABULARY = "tokenising, batches, detokenising", "vocabulary projection"
 
 
-def ranges(model):
+def ranges():
     "Functions around which a range is opened: where they are found, their name there, the part of the work"
-    from flash_transformer.attention import KeyValueCache
-    from flash_transformer.translation import translator
-    return [(model, "encode", "encoder"), (model, "decode", "decoder layers"),
-            (model.output, "forward", "vocabulary projection"), (KeyValueCache, "reorder", "cache reorder"),
-            (translator, "_search", "search")]
+    from flash_transformer.translation import fast_decoding, translator
+    fast, notes = fast_decoding.FastTransformer, fast_decoding.Notes
+    return [(translator, "_search", "rest of the search"), (fast, "read", "encoder, the source's keys and values"),
+            (fast, "write", "decoder layers"), (fast_decoding, "_best_words", "best continuations"),
+            (notes, "follow", "beams change places"), (notes, "make_room", "room for more words"),
+            (notes, "keep", "finished sentences leave"), (fast_decoding, "_read_out", "reading the beams back")]
 
 
 def ranged(function, part):
@@ -306,12 +298,14 @@ def ranged(function, part):
     return call
 
 
-def sort(event, part, operations, python):
-    "Microseconds of what lies directly in a range, part by part"
+def sort(event, part, sizes, operations, python):
+    "Microseconds of what lies directly in a range; the vocabulary's product is known by its sizes"
     python[part] += event.time_range.elapsed_us() - sum(e.time_range.elapsed_us() for e in event.cpu_children)
     for e in event.cpu_children:
-        if e.name.startswith(LABEL): sort(e, e.name.removeprefix(LABEL), operations, python)
-        else: operations[part] += e.time_range.elapsed_us()
+        if e.name.startswith(LABEL): sort(e, e.name.removeprefix(LABEL), sizes, operations, python)
+        else:
+            product = e.name in ("aten::matmul", "aten::addmm", "aten::linear") and e.input_shapes[1] in sizes
+            operations[VOCABULARY if product else part] += e.time_range.elapsed_us()
 
 
 def profile(translator, texts):
@@ -323,13 +317,15 @@ def profile(translator, texts):
     seconds()
     plain = min(seconds() for _ in range(3))
     with contextlib.ExitStack() as stack:
-        for owner, name, part in ranges(translator.model):
-            stack.enter_context(mock.patch.object(owner, name, ranged(getattr(owner, name), part)))
-        found = stack.enter_context(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]))
-        ranged(seconds, "tokenising, batches, detokenising")()
+        for home, name, part in ranges():
+            stack.enter_context(mock.patch.object(home, name, ranged(getattr(home, name), part)))
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        found = stack.enter_context(torch.profiler.profile(activities=activities, record_shapes=True))
+        ranged(seconds, TEXT)()
     operations, python = Counter(), Counter()
-    whole, = (e for e in found.events() if e.name == LABEL + "tokenising, batches, detokenising")
-    sort(whole, "tokenising, batches, detokenising", operations, python)
+    whole, = (e for e in found.events() if e.name == LABEL + TEXT)
+    output = FastTransformer(translator.model).output.shape
+    sort(whole, TEXT, [list(output), list(output[::-1])], operations, python)
     total = whole.time_range.elapsed_us()
     own = Counter({e.key: e.self_cpu_time_total for e in found.key_averages() if "::" in e.key})
     return {"sentences": len(texts), "seconds": plain, "seconds_profiled": total / 1e6,
