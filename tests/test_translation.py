@@ -135,7 +135,7 @@ def test_beam_that_cannot_be():
 @pytest.mark.parametrize("fields, words", [
     (dict(beam=0), "decode.beam must be at least 1, not 0"), (dict(extra_length=0), "decode.extra_length"),
     (dict(tokens_per_batch=-1), "decode.tokens_per_batch"), (dict(length_penalty=-0.1), "decode.length_penalty"),
-    (dict(length_penalty=float("nan")), "decode.length_penalty")])
+    (dict(length_penalty=float("nan")), "decode.length_penalty"), (dict(precision="int3"), "decode.precision")])
 def test_config_that_cannot_be(fields, words):
     with pytest.raises(ValueError, match=words): DecodeConfig(**fields)
 
@@ -144,8 +144,10 @@ def test_config_that_cannot_be(fields, words):
 
 @pytest.fixture(scope="module")
 def translator(finished):
-    "Of the tiny run, in float64: no result hangs on the last bit"
+    "Of the tiny run, with weights that have more to say, in float64: no result hangs on the last bit"
     translator = Translator.from_run(finished)
+    torch.manual_seed(0)
+    for p in translator.model.parameters(): nn.init.normal_(p, std=0.3)
     translator.model.double()
     return translator
 
@@ -173,7 +175,8 @@ def test_order_is_kept_whatever_the_batches(translator, sentences, beam):
 def test_changes_are_for_once(translator, sentences):
     before = vars(translator.config).copy()
     translator.translate(sentences[0], beam=1, extra_length=1)
-    assert vars(translator.config) == before == dict(beam=2, length_penalty=0.6, extra_length=5, tokens_per_batch=4096)
+    assert vars(translator.config) == before == dict(beam=2, length_penalty=0.6, extra_length=5, tokens_per_batch=4096,
+                                                      precision="auto")
     with pytest.raises(ValueError, match="decode.beam"): translator.translate("a", beam=0)
     with pytest.raises(TypeError, match="beem"): translator.translate("a", beem=3)
 

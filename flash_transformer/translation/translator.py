@@ -9,6 +9,7 @@ __all__ = ['DecodeConfig', 'Translator', 'Evaluation', 'score', 'evaluate']
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import sacrebleu
@@ -20,7 +21,12 @@ from tqdm.auto import tqdm
 
 from ..data import PAD, TokenizerPair, plan_batches
 from ..model import Transformer, TransformerConfig, attention_maps, load_weights
-from .decoding import beam_search, greedy_search
+from flash_transformer.translation.fast_decoding import (
+    FastTransformer,
+    decoding_dtype,
+    fast_beam_search,
+    fast_greedy_search,
+)
 
 # %% ../../nbs/5_translation/02_translator.ipynb #e50dd8bb
 @dataclass
@@ -30,25 +36,28 @@ class DecodeConfig:
     length_penalty: float = 0.6  # α
     extra_length: int = 50       # a translation has at most source length + this many tokens
     tokens_per_batch: int = 4096 # sentences × beam × longest source, translated together
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto" # of the numbers; auto: what is fast on this hardware
 
     def __post_init__(self):
         for name in ("beam", "extra_length", "tokens_per_batch"):
             if getattr(self, name) < 1: raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
         if not self.length_penalty >= 0:
             raise ValueError(f"decode.length_penalty must be 0 or more, not {self.length_penalty}")
+        if self.precision not in ("auto", "float32", "bf16", "fp16"):
+            raise ValueError(f"decode.precision is auto, float32, bf16 or fp16, not {self.precision!r}")
 
 # %% ../../nbs/5_translation/02_translator.ipynb #6ed8e901
 def _search(
-    model: Transformer,
+    model: FastTransformer,
     rows: list[list[int]], # ids of each source, </s> last
     config: DecodeConfig,
 ) -> list[list[int]]:      # ids of each translation
-    device = next(model.parameters()).device
+    device = model.output.device
     source = [torch.tensor(row) for row in rows]
     source = torch.nn.utils.rnn.pad_sequence(source, batch_first=True, padding_value=PAD).to(device)   # b s
     lengths = torch.tensor([len(row) for row in rows], device=device)                                  # b
-    if config.beam == 1: return greedy_search(model, source, lengths, config.extra_length)
-    found = beam_search(model, source, lengths, config.beam, config.length_penalty, config.extra_length)
+    if config.beam == 1: return fast_greedy_search(model, source, lengths, config.extra_length)
+    found = fast_beam_search(model, source, lengths, config.beam, config.length_penalty, config.extra_length)
     return [hypotheses[0].ids for hypotheses in found]
 
 # %% ../../nbs/5_translation/02_translator.ipynb #c8ded2bd
@@ -81,6 +90,7 @@ class Translator:
         config: DecodeConfig | None = None, # how to search
     ):
         self.model, self.tokenizers, self.config = model.eval(), tokenizers, config or DecodeConfig()
+        self._fast = {}          # dtype → the state of the weights, and their copy for decoding
 
     @classmethod
     def from_run(cls,
@@ -102,6 +112,12 @@ class Translator:
         except (RuntimeError, AssertionError) as e:                 # PyTorch's ways to say that it has no such device
             raise ValueError(f"cannot translate on {device!r}: {str(e).splitlines()[0]}") from e
 
+    def _copy(self, rows, config): # sentences × beam → `FastTransformer`, made anew when the weights have changed
+        state = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+        dtype = decoding_dtype(config.precision, self.model, rows)
+        if self._fast.get(dtype, (None,))[0] != state: self._fast[dtype] = state, FastTransformer(self.model, dtype)
+        return self._fast[dtype][1]
+
     def translate(self,
         texts: str | list[str],  # a sentence, or many
         progress: bool = False,  # show a bar while at it
@@ -122,7 +138,7 @@ class Translator:
         budget = max(config.tokens_per_batch // config.beam, int(lengths.max()))
         batches = plan_batches(lengths, lengths, budget, shuffle=False)
         for batch in tqdm(batches, desc="translating", unit="batch", disable=None if progress else True):
-            found = _search(self.model, [ids[i] for i in batch], config)
+            found = _search(self._copy(len(batch) * config.beam, config), [ids[i] for i in batch], config)
             for i, text in zip(batch, self.tokenizers.decode_target(found)): results[lines[i]] = text
         return results
 
