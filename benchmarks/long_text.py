@@ -30,7 +30,7 @@ from flash_transformer.attention import AttentionMask, MultiHeadAttention, expla
 from flash_transformer.cli import _keep_memory
 from flash_transformer.data import Batch
 from flash_transformer.model import Transformer, TransformerConfig
-from flash_transformer.training import adam, choose_precision, label_smoothed_loss, peak_memory
+from flash_transformer.training import adam, batch_loss, choose_precision, peak_memory
 from flash_transformer.training.precision import DTYPES
 
 OUT = Path(__file__).parent / "results" / "long_text.json"
@@ -59,8 +59,7 @@ class Step:
     def __call__(self, batch):
         half = self.precision != "float32"
         with torch.autocast("cpu", DTYPES[self.precision]) if half else nullcontext():
-            logits = self.model(batch.source, batch.source_lengths, batch.target, keep=batch.labels >= 0)
-        loss = label_smoothed_loss(logits.float(), batch.labels.flatten())[0] / batch.tokens
+            loss = batch_loss(self.model, batch)[0] / batch.tokens
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad()

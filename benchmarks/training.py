@@ -7,11 +7,12 @@ The model: pre-norm, d 256, 3 + 3 layers, 4 heads, 1,024 inner units, a joint BP
 source, target and output; dropout 0.3, label smoothing 0.1, Adam, gradients clipped to 1, batches of 4,096 padded
 tokens. What is counted are target tokens without padding.
 
-Every engine is a process of its own (two to three GB each), which warms up and then sleeps until it is asked for so many more steps; they are
+Every engine is a process of its own, which warms up and then sleeps until it is asked for so many more steps; they are
 asked one after another, round after round. All have the same number of threads, and glibc keeps freed memory in all of
-them, as `flash-transformer train` has it; the peers keep oneDNN's own cache of 1,024 shapes.
+them, as `flash-transformer train` has it (but not while they sleep, so that all fit into the machine); the peers keep
+oneDNN's own cache of 1,024 shapes.
 
-ours, ours float32     the command `flash-transformer train` itself: what is timed is its loop, logging and all
+ours, ours …           the command `flash-transformer train` itself: what is timed is its loop, logging and all
 marian, marian bf16    transformers' MarianMTModel, random weights, in the loop that transformers' Trainer has inside:
                        forward, LabelSmoother, backward, clipping, fused AdamW, schedule. Post-norm, for it knows no
                        other: the arithmetic is the same. attn_implementation is eager: for rows as short as these that
@@ -19,10 +20,12 @@ marian, marian bf16    transformers' MarianMTModel, random weights, in the loop 
 torch, torch bf16      torch.nn.Transformer in the same loop; cross_entropy with label smoothing
 joeynmt                JoeyNMT 2.3.0, its own command, data pipeline and SentencePiece model; it has no bf16 on a CPU
 
-bf16 is autocast. Marian and torch train on the very batches that ours trains on, in the same order, already made:
-their time is the step's alone. JoeyNMT makes its batches by itself, as ours does; it does not put sentences of like
-length together. It is given seconds, not steps. Dropout 0.3 is on the embeddings and on what each sub-layer adds, in
-marian and torch too; JoeyNMT drops attention weights and inner units of the feed-forward network besides.
+bf16 is autocast. Ours makes its batches as it goes, several sentences a row. Marian and torch cannot read such rows;
+they get rows of one sentence, sentences of like length together (`plan_batches`: hardly any padding), ready-made, so
+that their time is the step's alone. “ours unpacked” trains on the very same batches, in the same order. JoeyNMT makes
+its own as it goes, of sentences of any length; it is given seconds, not steps. Dropout 0.3 is on the embeddings and on
+what each sub-layer adds, in marian and torch too; JoeyNMT drops attention weights and inner units of the feed-forward
+network besides.
 
 Peers live in environments that this script makes once, in --peers, with the PyTorch version that runs it; pip's
 environment variables hold for that (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a small PyTorch).
@@ -30,9 +33,10 @@ environment variables hold for that (PIP_EXTRA_INDEX_URL=https://download.pytorc
 Utilisation: FLOPs of the real tokens (`training_flops`), by the time, by the rate of large matrix products in the same
 precision, measured in each round (`matmul_ceiling`).
 
-Profile: a few steps of ours under torch.profiler. Hooks on the modules open named ranges; an operation of the forward
-pass belongs to the range it runs in, and one of the backward pass to the range in which its node was made, found by
-autograd's sequence number. What no operation covers is Python's, and the profiler's: see the two step times.
+Profile: a few steps of ours under torch.profiler. Modules work in named ranges; an operation of the forward pass
+belongs to the range it runs in, and one of the backward pass to the range in which its node was made, found by
+autograd's sequence number. What no operation covers is Python's, and the profiler's: see the two step times. Only where
+NumPy works, as dropout is drawn and batches are made, it belongs to these.
 """
 import argparse
 import json
@@ -66,18 +70,19 @@ PEERS = {"transformers": (["transformers==5.23.0"], ["numpy"]),
                      ["sacrebleu", "datasets", "subword-nmt", "sacremoses", "tensorboard", "pyyaml", "matplotlib",
                       "seaborn", "packaging", "portalocker", "importlib_metadata"])}
 ENGINES = { # name → who runs it, and how
-    "ours": ("ours", "auto"), "ours float32": ("ours", "float32"),
+    "ours": ("ours", []), "ours unpacked": ("ours", ["--train.packing", "false"]),
+    "ours float32": ("ours", ["--train.precision", "float32"]),
     "marian": ("plain_loop", {"engine": "marian", "bf16": False, "attention": "eager"}),
     "marian bf16": ("plain_loop", {"engine": "marian", "bf16": True, "attention": "eager"}),
-    "torch": ("plain_loop", {"engine": "torch", "bf16": False}),
-    "torch bf16": ("plain_loop", {"engine": "torch", "bf16": True}),
+    "torch": ("plain_loop", {"engine": "torch", "bf16": False, "attention": "sdpa"}),
+    "torch bf16": ("plain_loop", {"engine": "torch", "bf16": True, "attention": "sdpa"}),
     "joeynmt": ("joeynmt_training", {}),
 }
 
 
 # ---- ours, in a process of its own ----
 
-def train_ours(run, precision, done):
+def train_ours(run, changes, done):
     "The command itself; `done(trainer, step)` does a step, and may stop to wait"
     from flash_transformer.cli import main as command
     from flash_transformer.training import Trainer
@@ -86,10 +91,10 @@ def train_ours(run, precision, done):
     # neither the end nor a validation is to come while we measure
     endless = ["--train.max_steps", "1000000", "--train.max_epochs", "null", "--train.checkpoint_every", "1000000"]
     return command(["train", "--config", str(run.parent / "recipe.yaml"), "--run", str(run),
-                    "--train.precision", precision, *endless])
+                    *changes, *endless])
 
 
-def serve_ours(run, precision, warm):
+def serve_ours(run, changes, warm):
     facts = {"torch": torch.__version__}
     turns = Turns(warm, lambda: facts)
 
@@ -98,44 +103,50 @@ def serve_ours(run, precision, warm):
         step(trainer)
         facts.update(precision=trainer.precision, parameters=sum(p.numel() for p in trainer.bare.parameters()))
         turns.done(trainer.meter.tokens - before[0], trainer.meter.flops - before[1])
-    return train_ours(run, precision, done)
+    return train_ours(run, changes, done)
 
 
 # ---- where a step's time goes ----
 
-PARTS = {"embedding": "embedding", "feed-forward": "feed-forward", "attention": "attention proper",
-         "projections": "projections of attention", "blocks": "norm, dropout, residual",
-         "loss": "logits and loss", "optimiser": "optimiser, clipping, adding up gradients",
-         "batch": "the batch, and the rest of the operations", "python": "Python between operations"}
+PARTS = {"batch": "making the batch", "embedding": "embedding", "projections": "projections of attention",
+         "attention": "attention between them", "feed-forward": "feed-forward", "dropout": "dropout and residual sums",
+         "blocks": "norms, masks and the rest of the blocks", "loss": "logits and loss",
+         "optimiser": "optimiser, clipping, adding up gradients", "python": "Python between operations"}
 LABEL = "part: "
 
 
-def open_ranges(model):
-    "Hooks that open a named range around the forward pass of each module of a kind"
+def open_ranges():
+    "Let each module of a kind, whoever calls it, work in a named range"
     from flash_transformer.attention import MultiHeadAttention
     from flash_transformer.model import Embedding, FeedForward
-    kinds = {Embedding: "embedding", FeedForward: "feed-forward", MultiHeadAttention: "attention",
-             type(model.encoder): "blocks", type(model.decoder): "blocks"}
-    for module in model.modules():
-        if type(module) not in kinds: continue
-        opened, label = [], LABEL + kinds[type(module)]
+    from flash_transformer.model.embeddings import Dropout
+    from flash_transformer.model.transformer import Decoder, Encoder
 
-        def enter(module, args, opened=opened, label=label):
-            opened.append(torch.profiler.record_function(label))
-            opened[-1].__enter__()
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(lambda module, args, out, opened=opened: opened.pop().__exit__(None, None, None))
+    def name(kind, method, part):
+        inner = getattr(kind, method)
+
+        def ranged(self, *args, **kwargs):
+            with torch.profiler.record_function(LABEL + part): return inner(self, *args, **kwargs)
+        setattr(kind, method, ranged)
+    for kind, part in ((Embedding, "embedding"), (FeedForward, "feed-forward"), (MultiHeadAttention, "attention"),
+                       (Encoder, "blocks"), (Decoder, "blocks"), (Dropout, "dropout")): name(kind, "forward", part)
+    if hasattr(Dropout, "add"): name(Dropout, "add", "dropout")
 
 
 class Sorter:
     "Sorts a step's events into parts, microseconds each"
     def __init__(self): self.time, self.part_of, self.phase = Counter(), {}, "batch"
 
+    def step(self, event):
+        self.phase = "batch"
+        self.sort(event)
+
     def sort(self, event, part=None):
         "What lies directly in a range; `part` None: the step as a whole, where the phase decides"
-        children = sorted(event.cpu_children, key=lambda e: e.time_range.start)
-        self.time["python"] += event.time_range.elapsed_us() - sum(e.time_range.elapsed_us() for e in children)
-        for e in children:
+        at = event.time_range.start
+        for e in sorted(event.cpu_children, key=lambda e: e.time_range.start):
+            self.gap(e.time_range.start - at, part)
+            at = e.time_range.end
             if e.name.startswith(LABEL):
                 self.sort(e, e.name.removeprefix(LABEL))
                 if part is None: self.phase = "loss"                  # the last such range is the decoder's
@@ -148,6 +159,12 @@ class Sorter:
                 if mine == "attention" and e.name == "aten::linear": mine = "projections"
                 self.time[mine] += e.time_range.elapsed_us()
                 self.remember(e, mine)
+        self.gap(event.time_range.end - at, part)
+
+    def gap(self, microseconds, part):
+        "No operation of PyTorch: NumPy's where batches are made and dropout is drawn, else Python's"
+        numpy = part == "dropout" or (part is None and self.phase == "batch")
+        self.time[(part or self.phase) if numpy else "python"] += microseconds
 
     def remember(self, event, part):
         "The node with this number was made here: the last who sees a number is the one who makes it"
@@ -155,7 +172,7 @@ class Sorter:
         for e in event.cpu_children: self.remember(e, part)
 
 
-def profile_ours(run, precision, warm, steps):
+def profile_ours(run, changes, warm, steps):
     "Prints where the time of so many steps goes, in per cent, and what the same steps take without the profiler"
     seen, seconds = [], []
 
@@ -166,14 +183,12 @@ def profile_ours(run, precision, warm, steps):
             step(trainer)
             if len(seen) > warm: seconds.append(time.perf_counter() - start)
             return
-        open_ranges(trainer.bare)
+        open_ranges()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             for _ in range(steps):
                 with torch.profiler.record_function("step"): step(trainer)
         sorter, whole_steps = Sorter(), [e for e in found.events() if e.name == "step"]
-        for one in whole_steps:
-            sorter.phase = "batch"
-            sorter.sort(one)
+        for one in whole_steps: sorter.step(one)
         whole = sum(one.time_range.elapsed_us() for one in whole_steps)
         own = Counter({e.key: e.self_cpu_time_total for e in found.key_averages() if "::" in e.key})
         print(MARK + json.dumps({
@@ -183,7 +198,7 @@ def profile_ours(run, precision, warm, steps):
             "own_time_per_cent": {name: round(100 * t / whole, 1) for name, t in own.most_common(16)},
         }) + "}", flush=True)
         raise SystemExit
-    return train_ours(run, precision, done)
+    return train_ours(run, changes, done)
 
 
 # ---- the driver ----
@@ -250,8 +265,9 @@ def prepare(options, work):
             "target_tokens": int(train.target_lengths.sum()), "batches": len(made)}
 
 
-def worker_command(how, run, options):
-    return [sys.executable, __file__, "--worker", how, "--work", run, "--warm", options.warm, "--steps", options.steps]
+def worker_command(job, run, changes, options): # of this script
+    return [sys.executable, __file__, "--worker", job, "--work", run, "--warm", options.warm, "--steps", options.steps,
+            "--changes", json.dumps(changes)]
 
 
 def command_of(name, options, work):
@@ -260,7 +276,7 @@ def command_of(name, options, work):
     own = work / name.replace(" ", "-")
     if who == "ours":
         shutil.copytree(work / "prepared" / "data", own / "data", dirs_exist_ok=True)
-        return worker_command(how, own, options)
+        return worker_command("serve", own, how, options)
     request = MODEL | TRAIN | how | {"vocab_size": VOCABULARY, "threads": options.threads, "work": str(own),
         "warm": options.warm if who == "plain_loop" else -(-options.warm // 3), "batches": str(work / "batches.pt"),
         "train": os.path.abspath(options.train), "validation": os.path.abspath(options.validation),
@@ -311,7 +327,7 @@ def measure(options, work):
     if "ours" in workers:
         run = work / "profile"
         shutil.copytree(work / "prepared" / "data", run / "data")
-        worker = Worker(worker_command("profile", run, options), options.threads)
+        worker = Worker(worker_command("profile", run, [], options), options.threads)
         result["profile"] = worker.warm
         worker.close()
     return result
@@ -379,9 +395,10 @@ def main():
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--changes", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker == "profile": return profile_ours(options.work, "auto", options.warm, options.steps)
-    if options.worker: return serve_ours(options.work, options.worker, options.warm)
+    if options.worker == "profile": return profile_ours(options.work, options.changes, options.warm, options.steps)
+    if options.worker == "serve": return serve_ours(options.work, options.changes, options.warm)
     if options.train and options.validation:
         with tempfile.TemporaryDirectory() as work: result = measure(options, Path(work))
         options.out.write_text(json.dumps(result, indent=1) + "\n")

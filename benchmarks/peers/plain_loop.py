@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from turns import Turns, keep_memory
 
 PAD, BOS, EOS = 0, 2, 3
@@ -99,6 +100,7 @@ def main():
         import transformers
         facts |= {"transformers": transformers.__version__, "attention": r["attention"]}
     losses = []
+    if r["engine"] == "torch" and r["attention"] == "math": sdpa_kernel(SDPBackend.MATH).__enter__()
     turns = Turns(r["warm"], lambda: facts | {"loss": sum(map(float, losses)) / len(losses)})
     model.train()
     for batch, n in cycle(zip(ready, tokens)):
