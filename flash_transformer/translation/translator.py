@@ -52,7 +52,7 @@ def _search(
     rows: list[list[int]], # ids of each source, </s> last
     config: DecodeConfig,
 ) -> list[list[int]]:      # ids of each translation
-    device = model.output.device
+    device = model.positions.device
     source = [torch.tensor(row) for row in rows]
     source = torch.nn.utils.rnn.pad_sequence(source, batch_first=True, padding_value=PAD).to(device)   # b s
     lengths = torch.tensor([len(row) for row in rows], device=device)                                  # b
@@ -112,9 +112,9 @@ class Translator:
         except (RuntimeError, AssertionError) as e:                 # PyTorch's ways to say that it has no such device
             raise ValueError(f"cannot translate on {device!r}: {str(e).splitlines()[0]}") from e
 
-    def _copy(self, rows, config): # sentences × beam → `FastTransformer`, made anew when the weights have changed
+    def _copy(self, precision): # → `FastTransformer`, made anew when the weights have changed
         state = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.model.parameters()]
-        dtype = decoding_dtype(config.precision, self.model, rows)
+        dtype = decoding_dtype(precision, self.model)
         if self._fast.get(dtype, (None,))[0] != state: self._fast[dtype] = state, FastTransformer(self.model, dtype)
         return self._fast[dtype][1]
 
@@ -136,9 +136,9 @@ class Translator:
             raise ValueError(f"a text has {lengths.max():,} tokens, more than {LONGEST:,}: split it into sentences; "
                 f"it begins {texts[lines[lengths.argmax()]][:40]!r}")
         budget = max(config.tokens_per_batch // config.beam, int(lengths.max()))
-        batches = plan_batches(lengths, lengths, budget, shuffle=False)
+        batches, fast = plan_batches(lengths, lengths, budget, shuffle=False), self._copy(config.precision)
         for batch in tqdm(batches, desc="translating", unit="batch", disable=None if progress else True):
-            found = _search(self._copy(len(batch) * config.beam, config), [ids[i] for i in batch], config)
+            found = _search(fast, [ids[i] for i in batch], config)
             for i, text in zip(batch, self.tokenizers.decode_target(found)): results[lines[i]] = text
         return results
 
