@@ -36,15 +36,15 @@ class DecodeConfig:
     length_penalty: float = 0.6  # α
     extra_length: int = 50       # a translation has at most source length + this many tokens
     tokens_per_batch: int = 4096 # sentences × beam × longest source, translated together
-    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto" # of the numbers; auto: what is fast on this hardware
+    precision: Literal["auto", "float32", "bf16", "fp16", "int8"] = "auto" # of the numbers; auto: what suits the hardware
 
     def __post_init__(self):
         for name in ("beam", "extra_length", "tokens_per_batch"):
             if getattr(self, name) < 1: raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
         if not self.length_penalty >= 0:
             raise ValueError(f"decode.length_penalty must be 0 or more, not {self.length_penalty}")
-        if self.precision not in ("auto", "float32", "bf16", "fp16"):
-            raise ValueError(f"decode.precision is auto, float32, bf16 or fp16, not {self.precision!r}")
+        if self.precision not in ("auto", "float32", "bf16", "fp16", "int8"):
+            raise ValueError(f"decode.precision is auto, float32, bf16, fp16 or int8, not {self.precision!r}")
 
 # %% ../../nbs/5_translation/02_translator.ipynb #6ed8e901
 def _search(
@@ -90,7 +90,7 @@ class Translator:
         config: DecodeConfig | None = None, # how to search
     ):
         self.model, self.tokenizers, self.config = model.eval(), tokenizers, config or DecodeConfig()
-        self._fast = {}          # dtype → the state of the weights, and their copy for decoding
+        self._fast = {}          # precision → the state of the weights, and their copy for decoding
 
     @classmethod
     def from_run(cls,
@@ -114,9 +114,9 @@ class Translator:
 
     def _copy(self, precision): # → `FastTransformer`, made anew when the weights have changed
         state = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.model.parameters()]
-        dtype = decoding_dtype(precision, self.model)
-        if self._fast.get(dtype, (None,))[0] != state: self._fast[dtype] = state, FastTransformer(self.model, dtype)
-        return self._fast[dtype][1]
+        how = decoding_dtype(precision, self.model), precision == "int8"
+        if self._fast.get(how, (None,))[0] != state: self._fast[how] = state, FastTransformer(self.model, *how)
+        return self._fast[how][1]
 
     def translate(self,
         texts: str | list[str],  # a sentence, or many
