@@ -172,3 +172,44 @@ def test_script(tmp_path):
     import platform
     assert platform.node() not in out.read_text() or len(platform.node()) < 4
     assert str(Path.home()) not in out.read_text() and str(tmp_path) not in out.read_text()
+
+
+# ---- training beside the peers: our part of it; no peer is installed here ----
+
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_training_loops_take_turns():
+    "Warm-up, turns of so many steps or seconds with two before them that do not count, and the end"
+    loop = ("import sys, time; sys.path.insert(0, sys.argv[1])\n"
+            "from peers.turns import Turns\n"
+            "turns, n = Turns(3, lambda: {'last': n}), 0\n"
+            "while True:\n    n += 1; time.sleep(0.01); turns.done(n, 10 * n)")
+    done = subprocess.run([sys.executable, "-c", loop, SCRIPTS], input="4\n0.1\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    warm, steps, seconds = (json.loads(line)["turn"] for line in done.stdout.splitlines())
+    assert (warm["steps"], warm["tokens"], warm["flops"], warm["last"]) == (3, 1 + 2 + 3, 60, 3)
+    assert (steps["steps"], steps["tokens"], steps["last"]) == (4, 6 + 7 + 8 + 9, 9)
+    assert seconds["seconds"] >= 0.1 and seconds["tokens"] == sum(range(12, seconds["last"] + 1))
+
+
+def test_where_a_step_goes(tmp_path):
+    "The worker of the benchmark of training runs the command itself, and sorts all of its time"
+    import yaml
+    recipe = {"data": {"corpus": "toy", "vocab_size": 500}, "train": {"max_epochs": 1, "tokens_per_batch": 1000},
+              "model": dict(d_model=64, d_ff=128, heads=2, encoder_layers=1, decoder_layers=1, dropout=0.1)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, SCRIPTS / "training.py", "--work", tmp_path / "run", "--warm", "1", "--steps", "2"]
+    done = subprocess.run([*command, "--worker", "profile", "--changes", "[]"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["turn"]
+    assert abs(sum(found["per_cent"].values()) - 100) < 1, found["per_cent"]
+    few = {part for part, share in found["per_cent"].items() if share <= 0}
+    assert not few, f"no time at all for {few}: have modules changed their names?"
+    changes = '["--train.precision", "float32", "--overwrite"]'
+    done = subprocess.run([*command, "--worker", "serve", "--changes", changes], input="3\n", capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    warm, turn = (json.loads(line)["turn"] for line in done.stdout.splitlines() if line.startswith('{"turn"'))
+    assert warm["steps"] == 1 and turn["steps"] == 3 and turn["precision"] == "float32"
+    assert turn["tokens"] > 0 and turn["flops"] > 6 * turn["tokens"] * 64 * 500
