@@ -115,13 +115,30 @@ class FastTransformer:
         if self.pre: return x.add_(sublayer(F.layer_norm(x, *norm)))
         return F.layer_norm(x.add_(sublayer(x)), *norm)
 
-# %% ../../nbs/5_translation/05_fast_decoding.ipynb #cc35e93b
-def _heads(x, parts, heads): # (batch, n, parts·d_model) → parts times (batch, heads, n, head_dim)
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
-
-
-def _attend(q, k, v, add): # (batch, heads, n, head_dim) → (batch·n, d_model)
-    return F.scaled_dot_product_attention(q, k, v, add).transpose(1, 2).flatten(2).flatten(0, 1)
+# %% ../../nbs/5_translation/05_fast_decoding.ipynb #a8428e19
+def _best_words(
+    logits: Tensor, # (batch·beam, v), v a multiple of blocks
+    alive: Tensor,  # log-probability of each beginning, (batch, beam)
+    blocks: int,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]: # log-probabilities, beginnings, words: (batch, k), best first
+    "The likeliest continuations of each sentence's beginnings; which of equal ones is left open"
+    batch, beam = alive.shape
+    exact = logits.to(alive.dtype)
+    best = exact.view(len(logits), -1, blocks).amax(1)                                                # (b beam) blocks
+    largest = best.amax(1, keepdim=True)
+    if largest.abs().max() > 60:                                          # exp() could leave the range of float32
+        logits, best = exact - largest, best - largest
+        exact = logits
+    log_z = (exact.exp() if exact is logits else exact.exp_()).sum(1).log()                           # (b beam)
+    before = alive - log_z.view(batch, beam)
+    block = (best.view(batch, beam, -1) + before[:, :, None]).flatten(1).topk(k, sorted=False).indices # b k
+    beginning, first = block // blocks, block % blocks
+    word = first[:, :, None] + torch.arange(0, logits.shape[1], blocks, device=block.device)          # b k width
+    index = (beginning[:, :, None] * logits.shape[1] + word).flatten(1)
+    total = logits.view(batch, -1).gather(1, index).to(alive.dtype).view(word.shape)
+    total, at = (total + before.gather(1, beginning)[:, :, None]).flatten(1).topk(k)                  # b k
+    return total, beginning.gather(1, at // word.shape[2]), word.flatten(1).gather(1, at)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #ea4f3c2f
 @dataclass
@@ -161,6 +178,14 @@ class Notes:
         more = -(-(n + steps * sight.shape[2]) // SIXTEEN) * SIXTEEN - n
         self.words = torch.cat([words, words.new_zeros(layers, two, batch, more, d)], dim=3)  # no NaN in what is unused
         self.sight, self.filled = F.pad(sight, (0, more), value=-torch.inf), n
+
+# %% ../../nbs/5_translation/05_fast_decoding.ipynb #cc35e93b
+def _heads(x, parts, heads): # (batch, n, parts·d_model) → parts times (batch, heads, n, head_dim)
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _attend(q, k, v, add): # (batch, heads, n, head_dim) → (batch·n, d_model)
+    return F.scaled_dot_product_attention(q, k, v, add).transpose(1, 2).flatten(2).flatten(0, 1)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #b25c9d4b
 def _read(self, source, source_lengths, beam): # → `Notes`
@@ -212,29 +237,6 @@ def _write(self, words, notes): # the last word of each beginning, (batch·beam,
 
 
 FastTransformer.write = _write
-
-# %% ../../nbs/5_translation/05_fast_decoding.ipynb #a8428e19
-def _best_words(
-    logits: Tensor, # (batch·beam, v), v a multiple of blocks
-    alive: Tensor,  # log-probability of each beginning, (batch, beam)
-    blocks: int,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor]: # log-probabilities, beginnings, words: (batch, k), best first
-    "The likeliest continuations of each sentence's beginnings; which of equal ones is left open"
-    batch, beam = alive.shape
-    exact = logits.to(alive.dtype)
-    best = exact.view(len(logits), -1, blocks).amax(1)                                                # (b beam) blocks
-    largest = best.amax(1, keepdim=True)
-    if largest.abs().max() > 60: log_z = exact.logsumexp(1)               # exp() could leave the range of float32
-    else: log_z = (exact.exp() if exact is logits else exact.exp_()).sum(1).log()                     # (b beam)
-    before = alive - log_z.view(batch, beam)
-    block = (best.view(batch, beam, -1) + before[:, :, None]).flatten(1).topk(k, sorted=False).indices # b k
-    beginning, first = block // blocks, block % blocks
-    word = first[:, :, None] + torch.arange(0, logits.shape[1], blocks, device=block.device)          # b k width
-    index = (beginning[:, :, None] * logits.shape[1] + word).flatten(1)
-    total = logits.view(batch, -1).gather(1, index).to(alive.dtype).view(word.shape)
-    total, at = (total + before.gather(1, beginning)[:, :, None]).flatten(1).topk(k)                  # b k
-    return total, beginning.gather(1, at // word.shape[2]), word.flatten(1).gather(1, at)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #e79c389d
 def _still(done, share=0.75, multiple=8): # (batch,) → which sentences to go on with, or None: all
