@@ -111,9 +111,9 @@ class FastTransformer:
             self.positions = sinusoidal_positions(2 * end, self.positions.shape[1]).to(self.positions)
         return F.embedding(words, self.tables[side]) + self.positions[first:end]
 
-    def residual(self, x, norm, sublayer): # as in `Residual`
-        if self.pre: return x.add_(sublayer(F.layer_norm(x, *norm)))
-        return F.layer_norm(x.add_(sublayer(x)), *norm)
+    def residual(self, x, norm, sublayer, *others): # as in `Residual`
+        if self.pre: return x.add_(sublayer(F.layer_norm(x, *norm), *others))
+        return F.layer_norm(x.add_(sublayer(x, *others)), *norm)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #a8428e19
 def _best_words(
@@ -132,7 +132,7 @@ def _best_words(
         exact = logits
     log_z = (exact.exp() if exact is logits else exact.exp_()).sum(1).log()                           # (b beam)
     before = alive - log_z.view(batch, beam)
-    block = (best.view(batch, beam, -1) + before[:, :, None]).flatten(1).topk(k, sorted=False).indices # b k
+    block = (best.view(batch, beam, -1) + before[:, :, None]).flatten(1).topk(k, sorted=False).indices  # b k
     beginning, first = block // blocks, block % blocks
     word = first[:, :, None] + torch.arange(0, logits.shape[1], blocks, device=block.device)          # b k width
     index = (beginning[:, :, None] * logits.shape[1] + word).flatten(1)
@@ -180,57 +180,61 @@ class Notes:
         self.sight, self.filled = F.pad(sight, (0, more), value=-torch.inf), n
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #cc35e93b
-def _heads(x, parts, heads): # (batch, n, parts·d_model) → parts times (batch, heads, n, head_dim)
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+def _by_head(x, heads): # (…, n, d_model) → (…, heads, n, head_dim)
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def _attend(q, k, v, add): # (batch, heads, n, head_dim) → (batch·n, d_model)
-    return F.scaled_dot_product_attention(q, k, v, add).transpose(1, 2).flatten(2).flatten(0, 1)
+def _attend(q, kv, add): # (batch, heads, n, head_dim), keys and values, to add to scores → (batch·n, d_model)
+    return F.scaled_dot_product_attention(q, *kv, add).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _encoder_attention(x, layer, heads, padding): # x: (batch·n, d_model)
+    q, *kv = _by_head(layer.qkv(x).view(len(padding), -1, 3, x.shape[1]).permute(2, 0, 1, 3), heads)
+    return layer.out(_attend(q, kv, padding))
+
+
+def _self_attention(x, layer, heads, words, sight, first): # words: of this layer, (2, batch, room, d_model)
+    batch, _, beam, used = sight.shape
+    qkv = layer.qkv(x).view(batch, beam, 3, -1)
+    words[:, :, first:first + beam] = qkv[:, :, 1:].permute(2, 0, 1, 3)                               # kept
+    return layer.out(_attend(_by_head(qkv[:, :, 0], heads), _by_head(words[:, :, :used], heads), sight))
+
+
+def _cross_attention(x, layer, memory, padding): # memory: (2, batch, heads, source length, head_dim)
+    _, batch, heads, _, _ = memory.shape
+    return layer.cross_out(_attend(_by_head(layer.query(x).view(batch, -1, x.shape[1]), heads), memory, padding))
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #b25c9d4b
 def _read(self, source, source_lengths, beam): # → `Notes`
     source = F.pad(source, (0, -source.shape[1] % SIXTEEN), value=PAD)
-    batch, length = source.shape
+    (batch, length), layers = source.shape, len(self.decoder)
     beyond = torch.arange(length, device=source.device) >= source_lengths[:, None, None, None]        # b 1 1 s
     padding = torch.zeros(beyond.shape, dtype=self.dtype, device=source.device).masked_fill_(beyond, -torch.inf)
     x = self.embed(source, 0, 0).flatten(0, 1)                                                        # (b s) d
     for layer in self.encoder:
-        def attend(x): return layer.out(_attend(*_heads(layer.qkv(x).view(batch, length, -1), 3, self.heads), padding))
-        x = self.residual(x, layer.norms[0], attend)
+        x = self.residual(x, layer.norms[0], _encoder_attention, layer, self.heads, padding)
         x = self.residual(x, layer.norms[1], layer.feed_forward)
     if self.pre: x = F.layer_norm(x, *self.norms[0])
-    layers, d = len(self.decoder), x.shape[1]
-    memory = _heads(self.memory(x).view(batch, length, -1), 2 * layers, self.heads)                   # (l 2) b h s d
-    return Notes(memory.unflatten(0, (layers, 2)).contiguous(), padding,
-                 words=x.new_empty(layers, 2, batch, 0, d), sight=x.new_empty(batch, 1, beam, 0))
+    memory = self.memory(x).view(batch, length, layers, 2, -1).permute(2, 3, 0, 1, 4)                 # l 2 b s d
+    return Notes(_by_head(memory, self.heads).contiguous(), padding,
+                 words=x.new_empty(layers, 2, batch, 0, x.shape[1]), sight=x.new_empty(batch, 1, beam, 0))
 
 
 FastTransformer.read = _read
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #fcd181d3
 def _write(self, words, notes): # the last word of each beginning, (batch·beam,) → logits of the next, (batch·beam, v)
-    batch, _, beam, room = notes.sight.shape
-    if notes.filled + beam > room: notes.make_room()
-    old, new = notes.filled, notes.filled + beam
-    used = -(-new // SIXTEEN) * SIXTEEN
-    notes.sight[..., old:new].diagonal(dim1=2, dim2=3).zero_()         # of the new entries, beginning i sees the i-th
-    sight = notes.sight[..., :used]
+    if notes.filled + notes.sight.shape[2] > notes.sight.shape[3]: notes.make_room()
+    first, last = notes.filled, notes.filled + notes.sight.shape[2]
+    notes.sight[..., first:last].diagonal(dim1=2, dim2=3).zero_()      # of the new entries, beginning i sees the i-th
+    sight = notes.sight[..., :-(-last // SIXTEEN) * SIXTEEN]
     x = self.embed(words[:, None], 1, notes.step)[:, 0]                                               # (b beam) d
-    for i, layer in enumerate(self.decoder):
-        def own(x):
-            qkv = layer.qkv(x).view(batch, beam, 3, -1)
-            notes.words[i, :, :, old:new] = qkv[:, :, 1:].permute(2, 0, 1, 3)
-            q, kv = (t.unflatten(-1, (self.heads, -1)).transpose(-3, -2)                              # … h n d
-                     for t in (qkv[:, :, 0], notes.words[i, :, :, :used]))
-            return layer.out(_attend(q, *kv, sight))
-        def cross(x):
-            q = layer.query(x).view(batch, beam, self.heads, -1).transpose(1, 2)
-            return layer.cross_out(_attend(q, *notes.memory[i], notes.padding))
-        x = self.residual(x, layer.norms[0], own)
-        x = self.residual(x, layer.norms[1], cross)
+    for layer, own, memory in zip(self.decoder, notes.words, notes.memory):
+        x = self.residual(x, layer.norms[0], _self_attention, layer, self.heads, own, sight, first)
+        x = self.residual(x, layer.norms[1], _cross_attention, layer, memory, notes.padding)
         x = self.residual(x, layer.norms[2], layer.feed_forward)
     if self.pre: x = F.layer_norm(x, *self.norms[1])
-    notes.filled, notes.step = new, notes.step + 1
+    notes.filled, notes.step = last, notes.step + 1
     logits = self.output(x)                                                                           # (b beam) v
     logits[:, self.vocabulary:] = -torch.inf                                                          # no words
     return logits

@@ -36,7 +36,7 @@ class DecodeConfig:
     length_penalty: float = 0.6  # α
     extra_length: int = 50       # a translation has at most source length + this many tokens
     tokens_per_batch: int = 4096 # sentences × beam × longest source, translated together
-    precision: Literal["auto", "float32", "bf16", "fp16", "int8"] = "auto" # of the numbers; auto: what suits the hardware
+    precision: Literal["auto", "float32", "bf16", "fp16", "int8"] = "auto" # auto: what suits the hardware
 
     def __post_init__(self):
         for name in ("beam", "extra_length", "tokens_per_batch"):
