@@ -132,7 +132,7 @@ def _best_words(
         exact = logits
     log_z = (exact.exp() if exact is logits else exact.exp_()).sum(1).log()                           # (b beam)
     before = alive - log_z.view(batch, beam)
-    block = (best.view(batch, beam, -1) + before[:, :, None]).flatten(1).topk(k, sorted=False).indices  # b k
+    block = (best.view(batch, beam, -1) + before[:, :, None]).flatten(1).topk(k).indices              # b k
     beginning, first = block // blocks, block % blocks
     word = first[:, :, None] + torch.arange(0, logits.shape[1], blocks, device=block.device)          # b k width
     index = (beginning[:, :, None] * logits.shape[1] + word).flatten(1)
@@ -295,7 +295,7 @@ def fast_beam_search(
     alive = torch.full((batch, beam), -torch.inf, device=device,
                        dtype=torch.promote_types(model.dtype, torch.float32))
     alive[:, 0] = 0
-    best = torch.full((batch, beam), -torch.inf, device=device, dtype=torch.float64)  # scores of each sentence's endings
+    best = torch.full((batch, beam), -torch.inf, device=device, dtype=torch.float64)   # scores of endings
     last = length_penalty(limit.double(), alpha)
     for step in range(1, int(limit.max()) + 1):
         total, parent, word = _best_words(model.write(word.flatten(), notes), alive, model.blocks, 2 * beam)
@@ -305,9 +305,10 @@ def fast_beam_search(
         alive, parent, word = (x.gather(1, going_on) for x in (total, parent, word))                  # b beam
         tape.append((number, parent, word, alive[:, :1], *endings))
         best = torch.cat([best, endings[0].double() / length_penalty(step, alpha)], dim=1).topk(beam).values
-        there, ahead = best > -torch.inf, alive[:, :1].double()
-        safe, good = (best[:, :1] >= ahead / last[number, None]), best[:, -1:] >= ahead / length_penalty(step, alpha)
-        done = done | (safe & there[:, :1] | good & there[:, -1:])[:, 0] | (limit[number] <= step)
+        there, ahead = best > -torch.inf, alive[:, 0].double()
+        safe = there[:, 0] & (best[:, 0] >= ahead / last[number])
+        good = there[:, -1] & (best[:, -1] >= ahead / length_penalty(step, alpha))
+        done = done | safe | good | (limit[number] <= step)
         if done.all(): break
         if beam > 1: notes.follow((parent + torch.arange(len(number), device=device)[:, None] * beam).flatten())
         word = word.clamp_(max=model.vocabulary - 1)
@@ -328,7 +329,7 @@ def _read_out(tape, limit, alpha): # → hypotheses, as `beam_search` returns th
     log_p, slots = (column(i, fill).transpose(0, 1).flatten(1) for i, fill in ((4, -torch.inf), (5, 0))) # b (t beam)
     length = torch.arange(1, steps + 1, device=limit.device, dtype=torch.float64).repeat_interleave(beam)
     score, at = (log_p.double() / length_penalty(length, alpha)).topk(beam)                           # b beam
-    log_p, slot, n = log_p.gather(1, at), slots.gather(1, at), at // beam                             # n words before </s>
+    log_p, slot, n = log_p.gather(1, at), slots.gather(1, at), at // beam                             # n: without </s>
     for i in (score[:, 0] == -torch.inf).nonzero()[:, 0].tolist():                                    # cut off
         slot[i, 0], n[i, 0], log_p[i, 0] = 0, limit[i], alive[limit[i] - 1, i, 0]
         score[i, 0] = log_p[i, 0].double() / length_penalty(int(limit[i]), alpha)
