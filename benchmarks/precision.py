@@ -92,7 +92,7 @@ class Step:
     def __call__(self, batch): # → nats a word
         total = 0.0
         for rows in torch.arange(len(batch.source)).chunk(self.parts):
-            loss = self.loss(Batch(*(x[rows] for x in batch))) / batch.tokens
+            loss = self.loss(Batch(*(x[rows] for x in batch[:5]))) / batch.tokens
             self.scaler.scale(loss).backward()
             total += float(loss.detach())
         self.scaler.step(self.optimiser)
@@ -111,7 +111,7 @@ def in_a_process_of_its_own(setting, size, pairs, steps, device, threads):
 def child(setting, size, pairs, steps, device, threads):
     torch.set_num_threads(threads)
     step, batch = Step(size, **setting, device=device), make_batch(pairs, SIZES[size]["vocab_size"], device)
-    few = Batch(*(x[:4, :2] if x.dim() == 2 else x[:4].clamp(max=2) for x in batch))
+    few = Batch(*(x[:4, :2] if x.dim() == 2 else x[:4].clamp(max=2) for x in batch[:5]))
     for group in step.optimiser.param_groups: group["lr"] = 0.0      # makes gradients and averages, moves nothing
     step(few)
     for group in step.optimiser.param_groups: group["lr"] = 3e-4

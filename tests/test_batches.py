@@ -183,15 +183,15 @@ def test_epoch_of_batches():
     rest = list(batches(pairs, 256, seed=3, epoch=2, start=4))
     assert len(rest) == len(plan) - 4
     for one, other in zip(epoch[4:], rest):
-        assert all(torch.equal(a, b) for a, b in zip(one, other))
+        assert all(torch.equal(a, b) for a, b in zip(one[:5], other[:5]))
     assert list(batches(pairs, 256, start=len(plan))) == []
 
 
 def test_to_device():
     batch = EncodedPairs.encode(dataset(3), Spelled()).batch([0, 1, 2])
     moved = batch.to("meta")
-    assert type(moved) is type(batch) and all(x.device.type == "meta" for x in moved)
-    assert [x.shape for x in moved] == [x.shape for x in batch]
+    assert type(moved) is type(batch) and all(x.device.type == "meta" for x in moved[:5]) and moved.segments is None
+    assert [x.shape for x in moved[:5]] == [x.shape for x in batch[:5]]
 
 
 def test_arrays_are_compact():
@@ -211,7 +211,7 @@ def test_saved_and_mapped(tmp_path):
         one, other = getattr(pairs, name), getattr(again, name)
         assert one.dtype == other.dtype and np.array_equal(one, other)
     assert not again.source.flags.owndata and not again.source.flags.writeable
-    assert all(torch.equal(a, b) for a, b in zip(pairs.batch([5, 0]), again.batch([5, 0])))
+    assert all(torch.equal(a, b) for a, b in zip(pairs.batch([5, 0])[:5], again.batch([5, 0])[:5]))
 
 
 @pytest.mark.parametrize("damage", [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from flash_transformer.data import PAD, EncodedPairs, TokenizerPair, plan_batches, toy_corpus
+from flash_transformer.data import PAD, EncodedPairs, TokenizerPair, toy_corpus
 from flash_transformer.model import Transformer, TransformerConfig, load_weights
 from flash_transformer.training import (
     RunFolder,
@@ -24,6 +24,7 @@ from flash_transformer.training import (
     Trainer,
     choose_precision,
     label_smoothed_loss,
+    plan_for,
     validation_loss,
     warmup_inverse_sqrt,
 )
@@ -70,7 +71,7 @@ def corpus():
     return train, validation, tokenizers.source_size
 
 
-def plan(train, epoch): return plan_batches(train.source_lengths, train.target_lengths, 420, seed=3, epoch=epoch)
+def plan(train, epoch): return plan_for(train, 700, True, seed=3, epoch=epoch)[0]
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def make(corpus, tmp_path):
     train, validation, size = corpus
 
     def make(name="run", dropout=0.0, kind=Trainer, on_validation=None, seed=0, train=train, **changes):
-        config = TrainConfig(**dict(max_steps=12, tokens_per_batch=420, warmup_steps=5, learning_rate=3e-3, log_every=1,
+        config = TrainConfig(**dict(max_steps=12, tokens_per_batch=700, warmup_steps=5, learning_rate=3e-3, log_every=1,
                                     checkpoint_every=4, keep_checkpoints=9, precision="float32", seed=3) | changes)
         torch.manual_seed(seed)
         model = Transformer(TransformerConfig(d_model=16, d_ff=32, heads=2, encoder_layers=1, decoder_layers=1,
@@ -314,7 +315,7 @@ def test_metrics(make, metrics):
         else:
             assert line.keys() == {"step", "epoch", "validation_loss", "perplexity", "samples"}
             assert line["perplexity"] == pytest.approx(math.exp(line["validation_loss"])) and line["samples"] == ["Ä\n"]
-    assert sum(line.get("tokens", 0) for line in lines) <= 9 * 420
+    assert sum(line.get("tokens", 0) for line in lines) <= 9 * 700
 
 
 def test_tensorboard_hears_of_the_same(make, metrics):
@@ -376,13 +377,13 @@ def test_an_epoch_of_windows(make, windows):
 def test_resumed_within_a_window(make, windows, metrics):
     parts = (0, 70), (70, 150), (150, 200)
     def noisy(*args, **more): return make(*args, dropout=0.3, accumulate=2, train=windows(*parts), **more)
-    whole, first = noisy("whole", max_steps=20), noisy("parts", max_steps=6)
+    whole, first = noisy("whole", max_steps=20), noisy("parts", max_steps=5)
     whole.fit(), first.fit()
     assert first.at.window == 1 and first.at.batch > 0
     second = noisy("parts", max_steps=20, seed=99)
     second.fit(resume=True)
     same(final(whole), final(second))
-    after = [[line for line in timeless(metrics(t.run.path)) if line["step"] > 6] for t in (whole, second)]
+    after = [[line for line in timeless(metrics(t.run.path)) if line["step"] > 5] for t in (whole, second)]
     assert after[0] == after[1] and second.course.pairs.asked[0] == (0, 1)
 
 

@@ -15,9 +15,9 @@ import torch
 from hub_server import HubServer
 
 from flash_transformer.config import load_recipe
-from flash_transformer.data import plan_batches, prepare
+from flash_transformer.data import prepare
 from flash_transformer.model import Transformer, TransformerConfig
-from flash_transformer.training import adam, distribute, dry_run, start_accelerator
+from flash_transformer.training import adam, distribute, dry_run, plan_for, start_accelerator
 from flash_transformer.training.dry_run import _batch_bytes, _kept, _loss
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,7 @@ def test_before_anything_is_prepared(recipe, tmp_path, contents):
 def test_of_what_is_prepared_it_knows_exactly(recipe, tmp_path):
     prepared = prepare(recipe.data, tmp_path / "data")
     found = run(recipe, tmp_path / "data", train=dict(accumulate=3, max_epochs=7, max_steps=None))
-    plan = plan_batches(prepared.train.source_lengths, prepared.train.target_lengths, recipe.train.tokens_per_batch)
+    plan, _ = plan_for(prepared.train, recipe.train.tokens_per_batch, packed=True)
     assert found.numbers["steps_an_epoch"] == -(-len(plan) // 3) and found.numbers["epochs"] == 7
     assert found.numbers["steps"] == 7 * found.numbers["steps_an_epoch"]
     sizes = dict(source_vocab_size=prepared.tokenizers.source_size, target_vocab_size=prepared.tokenizers.target_size)

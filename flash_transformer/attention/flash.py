@@ -72,6 +72,7 @@ def cannot(q, k, v, mask, dropout) -> str: # why flash-attn cannot serve these t
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes fp16 and bf16, these are {str(q.dtype).removeprefix('torch.')}"
     if head_dim > 256: return f"flash-attn goes up to head_dim 256, these have {head_dim}"
+    if mask is not None and mask.segments is not None: return "flash-attn packs sequences by attention_varlen"
     if q.device.type == "cuda":
         if old := _too_old(q.device): return old
         if dropout and head_dim > 192 and torch.cuda.get_device_capability(q.device) in SMALL:

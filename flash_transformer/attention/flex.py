@@ -23,10 +23,12 @@ def _mods(mask, batch, heads, q_len, k_len, device, dtype): # → mask_mod, and 
     left, right = (torch.tensor(min(n, far) if n >= 0 else far, device=device) for n in mask.sides)
     lengths = torch.full((batch,), k_len, device=device) if mask.key_lengths is None else mask.key_lengths.to(device)
     slopes = None if mask.alibi is None else mask.alibi.to(device, dtype).expand(batch, heads).contiguous()
+    segments = None if mask.segments is None else [numbers.to(device) for numbers in mask.segments]
 
     def may_see(b, h, i, j):
         distance = j - i - ahead
-        return (-left <= distance) & (distance <= right) & (j < lengths[b])
+        near = (-left <= distance) & (distance <= right) & (j < lengths[b])
+        return near if segments is None else near & (segments[0][b, i] == segments[1][b, j])
 
     def nearer_is_better(score, b, h, i, j): return score - slopes[b, h] * (j - i - ahead).abs()
 
@@ -35,7 +37,7 @@ def _mods(mask, batch, heads, q_len, k_len, device, dtype): # → mask_mod, and 
 # %% ../../nbs/1_attention/11_choice.ipynb #5da92ada
 def _blocks(mask, batch, heads, q_len, k_len, device, dtype, create_block_mask): # → block_mask, score_mod
     may_see, score_mod = _mods(mask, batch, heads, q_len, k_len, device, dtype)
-    sentences = None if mask.key_lengths is None else batch         # None: the same for all
+    sentences = None if mask.key_lengths is mask.segments is None else batch         # None: the same for all
     return create_block_mask(may_see, sentences, None, q_len, k_len, device=device), score_mod
 
 # %% ../../nbs/1_attention/11_choice.ipynb #6b8ab966

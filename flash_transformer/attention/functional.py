@@ -47,7 +47,7 @@ def _naive(q, k, v, mask, dropout, scale):
 
 # %% ../../nbs/1_attention/03_backends.ipynb #750ba4de
 def _is_native(q, k, mask): # does PyTorch's is_causal say the same?
-    only_causal = mask.causal and mask.key_lengths is mask.window is mask.alibi is None
+    only_causal = mask.causal and mask.key_lengths is mask.window is mask.alibi is mask.segments is None
     return only_causal and q.shape[2] == k.shape[2]
 
 
@@ -69,9 +69,11 @@ LARGEST_SCORES = 2 ** 28 # numbers to be written out where nothing is fused: 1 G
 
 def _written(q, k, mask): # → how many numbers SDPA must be given to know this mask
     if mask is None or _is_native(q, k, mask): return 0
-    one_row = mask.alibi is None and mask.sides == (-1, -1)         # key_lengths hide the same keys from every query;
-    if one_row and q.device.type == "cpu": return 0                 # kernels of a GPU may want it in full all the same
-    batch = 1 if mask.key_lengths is None and (mask.alibi is None or mask.alibi.dim() == 1) else len(q)
+    one_row = mask.alibi is mask.segments is None and mask.sides == (-1, -1)
+    if one_row and q.device.type == "cpu": return 0                 # key_lengths hide the same keys from every query;
+                                                                    # kernels of a GPU may want it in full all the same
+    same = mask.key_lengths is mask.segments is None and (mask.alibi is None or mask.alibi.dim() == 1)
+    batch = 1 if same else len(q)
     return batch * (1 if mask.alibi is None else q.shape[1]) * q.shape[2] * k.shape[2]
 
 
@@ -198,7 +200,7 @@ def _check(q, k, v, mask, dropout, scale): # → the scale to use
     _check_tensors(q, k, v, "(batch, heads, length, head_dim)", heads_at=1)
     if len(k) != len(q): raise ValueError(f"q has a batch of {len(q)}, k and v of {len(k)}: they must be equal")
     scale = _check_options(q.shape[3], mask, dropout, scale)
-    if mask is not None: mask.check(*q.shape[:2], k.shape[2])
+    if mask is not None: mask.check(*q.shape[:2], k.shape[2], q.shape[2])
     return scale
 
 # %% ../../nbs/1_attention/03_backends.ipynb #1eaa0049
@@ -206,7 +208,7 @@ def _run(backend, q, k, v, mask, dropout, scale):
     out = backend.run(q, k, v, mask, dropout, scale)
     if mask is None or backend.name == "tiled" or q.device.type != "cpu" or torch.compiler.is_compiling(): return out
     # A sum that overflows costs time, not truth. q too, since PyTorch's kernel gives zeros for a short row of NaN
-    if out.detach().sum().isfinite() and q.detach().sum().isfinite(): return out
+    if out.detach().sum().isfinite() and (backend.name == "naive" or q.detach().sum().isfinite()): return out
     return _find("tiled").run(q, k, v, mask, dropout, scale)
 
 # %% ../../nbs/1_attention/03_backends.ipynb #5f0c318c

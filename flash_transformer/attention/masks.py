@@ -23,11 +23,12 @@ class AttentionMask:
     key_lengths:Tensor|None=None # (batch,) whole numbers: only so many keys are real, the rest is padding
     window:tuple[int, int]|None=None # (left, right) keys around place i + k_len − q_len, −1 for no limit
     alibi:Tensor|None=None # slopes, (heads,) or (batch, heads): −slope·|i + k_len − q_len − j| is added to the scores
+    segments:tuple[Tensor, Tensor]|None=None # numbers of queries (batch, q_len), keys (batch, k_len): equal ones meet
     _made:dict=field(default_factory=dict, init=False, repr=False) # what `additive` and others made, kept
 
     def __post_init__(self):
         for name, valid in (("causal", _valid_causal), ("key_lengths", _valid_lengths), ("window", _valid_window),
-                            ("alibi", _valid_alibi)):
+                            ("alibi", _valid_alibi), ("segments", _valid_segments)):
             object.__setattr__(self, name, valid(getattr(self, name)))
 
     def dense(self, q_len:int, k_len:int, device=None) -> Tensor: # bool, broadcasts to (batch, heads, q_len, k_len)
@@ -38,6 +39,10 @@ class AttentionMask:
         "A piece of `dense`: may the queries at these places, i + k_len − q_len, see the keys of these numbers?"
         see = torch.ones_like(keys, dtype=torch.bool).view(1, 1, 1, -1)                                 # 1 1 1 k
         if self.key_lengths is not None: see = keys < self.key_lengths.to(keys.device)[:, None, None, None]  # b 1 1 k
+        if self.segments is not None:
+            of_q, of_k = (numbers.to(keys.device) for numbers in self.segments)
+            of_q = of_q[:, places - (of_k.shape[1] - of_q.shape[1])]                                    # b q
+            see = see & (of_q[:, None, :, None] == of_k[:, None, None, keys])                           # b 1 q k
         left, right = self.sides
         if right >= 0: see = see & (keys - places[:, None] <= right)                                    # (b) 1 q k
         if left >= 0: see = see & (keys - places[:, None] >= -left)
@@ -70,9 +75,9 @@ class AttentionMask:
         "Keys that some query at places first … last may see, and those that each of them may see in each sentence"
         return _spans(self, first, last, k_len)
 
-    def check(self, batch:int, heads:int, k_len:int):
+    def check(self, batch:int, heads:int, k_len:int, q_len:int|None=None): # q_len: for segments
         "Raises ValueError where the mask does not fit tensors of these sizes; lengths on a GPU are not looked into"
-        _check_fits(self, batch, heads, k_len)
+        _check_fits(self, batch, heads, k_len, q_len)
 
 # %% ../../nbs/1_attention/02_masks.ipynb #51763339
 def _valid_causal(causal):
@@ -96,6 +101,15 @@ def _valid_window(window):
     raise ValueError(f"window must be (left, right), two whole numbers from −1 (no limit) up, not {window!r}")
 
 
+def _valid_segments(segments):
+    if segments is None: return None
+    if isinstance(segments, (tuple, list)) and len(segments) == 2:
+        numbers = tuple(torch.as_tensor(x).detach().clone() for x in segments)
+        if all(x.dim() == 2 and not (x.is_floating_point() or x.dtype == torch.bool) for x in numbers): return numbers
+    raise ValueError("segments must be two tensors of whole numbers, (batch, q_len) and (batch, k_len): to which "
+                     "sentence of its row each query and each key belongs")
+
+
 def _valid_alibi(slopes):
     if slopes is None: return None
     slopes = torch.as_tensor(slopes).detach().clone()
@@ -104,7 +118,7 @@ def _valid_alibi(slopes):
                      f"these are {slopes.dtype} of shape {tuple(slopes.shape)}")
 
 
-def _check_fits(mask, batch, heads, k_len):
+def _check_fits(mask, batch, heads, k_len, q_len):
     lengths, slopes = mask.key_lengths, mask.alibi
     if lengths is not None and len(lengths) != batch:
         raise ValueError(f"key_lengths has {len(lengths)} entries for a batch of {batch}: give one length a sentence")
@@ -113,6 +127,9 @@ def _check_fits(mask, batch, heads, k_len):
         if shortest < 0 or longest > k_len:
             raise ValueError(f"key_lengths go from {shortest} to {longest}, but there are {k_len} keys: "
                              f"each length must lie in 0 … {k_len}")
+    if mask.segments is not None and [tuple(x.shape) for x in mask.segments] != [(batch, q_len), (batch, k_len)]:
+        raise ValueError(f"segments have shapes {[tuple(x.shape) for x in mask.segments]}, the tensors want "
+                         f"{(batch, q_len)} for queries and {(batch, k_len)} for keys: one number a position")
     if slopes is not None and tuple(slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi has shape {tuple(slopes.shape)}, for a batch of {batch} and {heads} heads: "
                          f"give ({heads},) or ({batch}, {heads}) slopes")
@@ -125,16 +142,16 @@ def _spans(mask, first, last, k_len):
     (shortest, longest), (left, right) = mask._made["lengths"] or (k_len, k_len), mask.sides
     some = range(max(0, first - left) if left >= 0 else 0, min(longest, last + right + 1) if right >= 0 else longest)
     each = range(max(0, last - left) if left >= 0 else 0, min(shortest, first + right + 1) if right >= 0 else shortest)
-    return some, each
+    return some, each if mask.segments is None else range(0)        # for segments look at every pair
 
 # %% ../../nbs/1_attention/02_masks.ipynb #7914b538
 def _additive(mask, q_len, k_len, device, dtype):
     bias, hidden = mask.bias(q_len, k_len, device, dtype), None
-    lengths_or_window = mask.key_lengths is not None or mask.window is not None
-    if k_len and not lengths_or_window and not (mask.causal and q_len > 1): return bias, None  # nothing is restricted
+    some_keys = mask.key_lengths is not None or mask.window is not None or mask.segments is not None
+    if k_len and not some_keys and not (mask.causal and q_len > 1): return bias, None  # nothing is restricted
     see, on_cpu = mask.dense(q_len, k_len, device), torch.device(device or "cpu").type == "cpu"
     if on_cpu and k_len and see.all(): return bias, None
-    if lengths_or_window or q_len > k_len:                          # only then can a row be left without keys
+    if some_keys or q_len > k_len:                          # only then can a row be left without keys
         hidden = ~see.any(dim=-1, keepdim=True)                     # (b) 1 (q) 1
         see = see | hidden                                          # it sees all, and its output is replaced by 0
         if on_cpu and not hidden.any(): hidden = None

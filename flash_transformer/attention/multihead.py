@@ -185,6 +185,6 @@ def _fold_beams(x, memory, mask, cache): # → (batch, beam·q_len, d_model) whe
     if len(x) == rows: return x
     if rows == 0 or len(x) % rows:
         raise ValueError(f"x has {len(x)} rows and the memory {rows}: give as many, or equally many beams for each")
-    if mask is not None and (mask.causal or mask.window is not None or mask.alibi is not None):
+    if mask is not None and (mask.causal or not mask.window is mask.alibi is mask.segments is None):
         raise ValueError("beams that share a memory are masked by key_lengths only: folded, a query loses its place")
     return x.reshape(rows, -1, x.shape[-1])

@@ -571,6 +571,7 @@ def missing() -> str:
 def cannot(q, k, v, mask, dropout) -> str:
     "Why these kernels cannot serve these tensors, or nothing"
     if q.dtype not in (torch.float16, torch.bfloat16): return f"it takes float16 and bfloat16, not {str(q.dtype)[6:]}"
+    if mask is not None and mask.segments is not None: return "segments are left to others: pack by attention_varlen"
     if q.shape[-1] > 256: return f"it takes head sizes up to 256, not {q.shape[-1]}"
     if q.device.type != "cuda": return "" if INTERPRETED else f"it works on a CUDA GPU, the tensors lie on {q.device}"
     capability = torch.cuda.get_device_capability(q.device)

@@ -1,5 +1,15 @@
 "Text in, batches of token ids out."
-from .batches import Batch, EncodedPairs, batches, encode_texts, join_pairs, padding_waste, plan_batches
+from .batches import (
+    Batch,
+    EncodedPairs,
+    batches,
+    encode_texts,
+    join_pairs,
+    pack_batches,
+    padding_waste,
+    plan_batches,
+    row_length,
+)
 from .cleaning import RULES, Report, check_rules, first_occurrences, pair_hashes, taken_by
 from .corpora import load_corpus
 from .prepare import DataConfig, Prepared, corpus_of, prepare

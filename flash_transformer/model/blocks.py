@@ -37,8 +37,8 @@ class Residual(nn.Module):
         x: Tensor,  # (batch, length, d_model)
         sublayer,   # function of such a tensor that returns one
     ) -> Tensor:    # (batch, length, d_model)
-        if self.pre: return x + self.dropout(sublayer(self.norm(x)))
-        return self.norm(x + self.dropout(sublayer(x)))
+        if self.pre: return self.dropout.add(x, sublayer(self.norm(x)))
+        return self.norm(self.dropout.add(x, sublayer(x)))
 
 # %% ../../nbs/2_transformer/02_blocks.ipynb #fdfd1bf8
 class EncoderBlock(nn.Module):
@@ -85,9 +85,10 @@ class DecoderBlock(nn.Module):
         memory: Tensor,                           # the encoder's output, (batch, source length, d_model)
         memory_mask: AttentionMask | None = None, # which source positions are real
         cache: tuple[KeyValueCache, KeyValueCache] | None = None, # of the words so far, of the source
+        mask: AttentionMask | None = None,        # which words see which; None: each those up to itself
     ) -> Tensor:                                  # (batch, length, d_model)
         words, source = cache or (None, None)
-        causal = AttentionMask(causal=True)
-        x = self.residuals[0](x, lambda x: self.self_attention(x, mask=causal, cache=words))
+        mask = mask or AttentionMask(causal=True)
+        x = self.residuals[0](x, lambda x: self.self_attention(x, mask=mask, cache=words))
         x = self.residuals[1](x, lambda x: self.cross_attention(x, memory, mask=memory_mask, cache=source))
         return self.residuals[2](x, self.feed_forward)

@@ -8,6 +8,7 @@ __all__ = ['TokenEmbedding', 'sinusoidal_positions', 'Dropout', 'Embedding']
 # %% ../../nbs/2_transformer/01_embeddings.ipynb #f45a5ad9
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,10 +52,22 @@ class Dropout(nn.Module):
     ) -> Tensor:   # like x
         if not self.training or not self.p: return x
         if x.device.type != "cpu": return nn.functional.dropout(x, self.p)     # fused there
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        return x * self._factors(x)
+
+    def add(self,
+        x: Tensor, # any shape and floating dtype
+        y: Tensor, # like x
+    ) -> Tensor:   # like x
+        "x + dropout(y); on a CPU in one pass over them"
+        if not self.training or not self.p or x.device.type != "cpu": return x + self(y)
+        return torch.addcmul(x, y, self._factors(y))
+
+    def _factors(self, x): # 0 for what is dropped, 1 / (1 − p) for what is kept
+        seed = int(torch.randint(2**63 - 1, ()))                               # so torch.manual_seed governs it
+        draws = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16))  # four at a time
         first = round(min(self.p * 65536, 65535)) - 32768    # the smallest draw that is kept; int16 ends at 32767
-        keep = draws[:x.numel()].view(x.shape) >= first
-        return x * (keep.to(x.dtype) / (1 - self.p))
+        keep = torch.empty(x.shape, dtype=x.dtype)
+        return torch.ge(draws[:x.numel()].view(x.shape), first, out=keep).mul_(1 / (1 - self.p))
 
 # %% ../../nbs/2_transformer/01_embeddings.ipynb #a72784ac
 class Embedding(nn.Module):
@@ -74,8 +87,12 @@ class Embedding(nn.Module):
     def forward(self,
         ids: Tensor,     # token ids, (batch, length), int64
         start: int = 0,  # position of the first id
-    ) -> Tensor:         # (batch, length, d_model)
+        positions: Tensor | None = None, # of each id, (batch, length), where a row holds several sentences
+    ) -> Tensor:         # (batch, length, d_model); bf16 under autocast to bf16, and so is all that follows
         end = start + ids.shape[1]
         if end > len(self.positions):
             self.positions = sinusoidal_positions(2 * end, self.positions.shape[1]).to(self.positions)
-        return self.dropout(self.tokens(ids) + self.positions[start:end])
+        x = self.tokens(ids) + self.positions[slice(start, end) if positions is None else positions]
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16: x = x.bfloat16()
+        return self.dropout(x)

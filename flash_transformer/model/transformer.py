@@ -89,8 +89,9 @@ class Encoder(nn.Module):
         source: Tensor,             # token ids, (batch, source length), int64
         mask: AttentionMask | None, # which of them are real
         recompute: bool = False,    # see `Transformer.recompute`
+        positions: Tensor | None = None, # of each id in its sentence; None: in its row
     ) -> Tensor:                    # (batch, source length, d_model)
-        x = self.embedding(source)
+        x = self.embedding(source, positions=positions)
         for block in self.blocks: x = run_block(block, recompute, x, mask)
         return self.norm(x)
 
@@ -111,11 +112,23 @@ class Decoder(nn.Module):
         memory_mask: AttentionMask | None, # which source positions are real
         cache: list | None = None,         # of `Transformer.cache`: the words before `target`
         recompute: bool = False,           # see `Transformer.recompute`
+        mask: AttentionMask | None = None, # which words see which; None: each those up to itself
+        positions: Tensor | None = None,   # of each id in its sentence; None: in its row
     ) -> Tensor:                           # (batch, target length, d_model)
-        x = self.embedding(target, start=cache[0][0].length if cache else 0)
+        x = self.embedding(target, cache[0][0].length if cache else 0, positions)
         for i, block in enumerate(self.blocks):
-            x = run_block(block, recompute, x, memory, memory_mask, cache[i] if cache else None)
+            x = run_block(block, recompute, x, memory, memory_mask, cache[i] if cache else None, mask)
         return self.norm(x)
+
+# %% ../../nbs/2_transformer/03_transformer.ipynb #96d9d6b9
+def places(
+    segments: Tensor, # number of the sentence of each position, (batch, length), int64
+) -> Tensor:          # (batch, length), int64, from 0 at the first position of each sentence
+    "Where in its sentence each position stands, when a row holds several sentences, one after the other"
+    column = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return column - column.masked_fill(~begins, 0).cummax(dim=1).values
 
 # %% ../../nbs/2_transformer/03_transformer.ipynb #0830847e
 class Transformer(nn.Module):
@@ -159,9 +172,21 @@ class Transformer(nn.Module):
         source_lengths: Tensor,     # number of real source ids, (batch,)
         target: Tensor,             # token ids from <s> on, (batch, target length), int64
         keep: Tensor | None = None, # positions whose logits are wanted, (batch, target length), bool
+        segments: tuple[Tensor, Tensor] | None = None, # sentences packed in rows: number of each source and target id's
+        project: Callable[[Tensor, Tensor], Tensor] | None = None, # makes the result of vectors and output.weight
     ) -> Tensor:                    # logits, (batch, target length, vocabulary), or (kept positions, vocabulary)
-        hidden = self.decode(target, self.encode(source, source_lengths), source_lengths)
-        return self.output(hidden if keep is None else hidden[keep])
+        if segments is None: hidden = self.decode(target, self.encode(source, source_lengths), source_lengths)
+        else: hidden = self._packed(source, target, *segments)
+        if keep is not None: hidden = hidden[keep]
+        return self.output(hidden) if project is None else project(hidden, self.output.weight)
+
+    def _packed(self, source, target, s, t): # → the decoder's vectors, (batch, target length, d_model)
+        # padding, number 0, is seen by nobody; it looks at its row's first sentence, so that no row of scores is empty
+        queries_s, queries_t = s.clamp(min=1), t.clamp(min=1)
+        mask = AttentionMask(segments=(queries_s, s))
+        memory = self.encoder(source, mask, self.recompute, places(s))
+        mask, words = AttentionMask(segments=(queries_t, s)), AttentionMask(causal=True, segments=(queries_t, t))
+        return self.decoder(target, memory, mask, None, self.recompute, words, places(t))
 
     def cache(self,
         max_length: int, # most words that will be decoded

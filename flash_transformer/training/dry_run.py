@@ -26,16 +26,16 @@ from datasets import Dataset, config, load_dataset_builder
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..data import PAD, Batch, DataConfig, EncodedPairs, Prepared, TokenizerPair, plan_batches
+from ..data import PAD, Batch, DataConfig, EncodedPairs, Prepared, TokenizerPair
 from ..data.cleaning import check_rules, taken_by
 from ..data.corpora import HUB, _columns, _config, load_corpus
 from ..data.prepare import _settings_of
 from ..data.streaming import ParquetPieces, Pieces, TextPieces
 from ..model import Transformer, TransformerConfig
-from .optimisation import adam, label_smoothed_loss
+from .optimisation import CHUNK, adam, batch_loss
 from .precision import matmul_ceiling, saved_bytes, training_flops
 from .processes import agree, distribute, start_accelerator
-from .trainer import TrainConfig
+from .trainer import TrainConfig, is_packed, plan_for
 
 # %% ../../nbs/4_training/06_wmt14.ipynb #e705ed0e
 @dataclass
@@ -126,7 +126,7 @@ def _from_hub(data: DataConfig) -> tuple[str, int, pa.Table]:
     return label, len(rows), _spread(_columns(rows, data.source, data.target, where))
 
 # %% ../../nbs/4_training/06_wmt14.ipynb #8263f978
-def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length: int):
+def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length: int, packed: bool):
     "Pairs, tokens, steps an epoch"
     s, t = corpus.train.source_lengths, corpus.train.target_lengths
     budget, about = train.tokens_per_batch, "" if corpus.prepared else "about "
@@ -135,8 +135,10 @@ def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length:
         else f", in {len(s):,} pairs with a vocabulary learned on {4 * len(s):,} others")
     if not corpus.prepared and max_length > budget: raise ValueError(f"a pair of data.max_length = {max_length:,} "
         f"tokens would not fit into a batch of {budget:,}: lower it, or raise train.tokens_per_batch")
-    plan = plan_batches(s, t, budget)                          # raises if a sentence is longer than a batch
-    batches = len(plan) if corpus.prepared else corpus.pairs * np.maximum(s, t).mean() / budget
+    plan, _ = plan_for(corpus.train, budget, packed)           # raises if a sentence is longer than a batch
+    if corpus.prepared: batches = len(plan)
+    elif packed: batches = corpus.pairs / len(s) * len(plan)
+    else: batches = corpus.pairs * np.maximum(s, t).mean() / budget
     epoch = math.ceil(batches / train.accumulate)
     steps = min(train.max_steps or math.inf, epoch * (train.max_epochs or math.inf))
     found.lines["steps"] = (f"{train.accumulate} × ({budget:,} + {budget:,}) tokens, padding included; {about}"
@@ -174,9 +176,7 @@ def _size(n: float) -> str:
 
 # %% ../../nbs/4_training/06_wmt14.ipynb #f0868a8b
 def _loss(model, batch: Batch) -> Tensor:
-    real = batch.labels != PAD
-    logits = model(batch.source, batch.source_lengths, batch.target, keep=real)
-    return label_smoothed_loss(logits, batch.labels[real])[0] / batch.labels.numel()
+    return batch_loss(model, batch)[0] / batch.labels.numel()
 
 def _kept(model, rows: int, length: int) -> int: # bytes
     "What a forward pass over so many pairs, all of this length, keeps for the backward pass"
@@ -197,8 +197,8 @@ def _batch_bytes(model: Transformer, rows: int, length: int) -> float:
         model.recompute = False
         block = (estimate() - kept) / len([*model.encoder.blocks, *model.decoder.blocks])
         model.recompute = True
-    gradients = 2 * 4 * rows * length * model.config.target_vocab_size   # of logits and their softmax: backward's first
-    return 1.1 * (kept + max(block, gradients))                          # a tenth is what allocators waste
+    logits = 4 * min(CHUNK, rows * length) * model.config.target_vocab_size             # of a chunk, in float32 at most
+    return 1.1 * (kept + max(block, logits))                             # a tenth is what allocators waste
 
 def _free_bytes(device: torch.device) -> float:
     "Memory that a process may still take, where models live"
@@ -231,28 +231,28 @@ def _seconds(model, batch: Batch, device: torch.device) -> float:
 
 def _longest(pairs: EncodedPairs) -> int: return int(max(pairs.source_lengths.max(), pairs.target_lengths.max()))
 
-def _measure(model, optimiser, corpus: _Corpus, tokens: int, device: torch.device):
-    "Seconds of a batch of up to so many tokens and of Adam's step, and the pairs of such a batch"
-    s, t = corpus.train.source_lengths, corpus.train.target_lengths
+def _measure(model, optimiser, corpus: _Corpus, tokens: int, device: torch.device, packed: bool):
+    "Seconds of a batch of up to so many tokens and of Adam's step, the pairs of such a batch, and its positions"
     def middle(tokens):
-        plan = plan_batches(s, t, max(tokens, _longest(corpus.train)), shuffle=False)   # shortest first
-        return plan[len(plan) // 2]
-    rows = middle(512)
-    for _ in range(2): seconds = _seconds(model, corpus.train.batch(rows), device)          # the first warms up
-    rows = middle(-agree(-min(tokens, int(MOST_SECONDS / seconds * 512))))     # all processes the same
-    batch = min(_seconds(model, corpus.train.batch(rows), device) for _ in range(2))
+        plan, row_length = plan_for(corpus.train, max(tokens, _longest(corpus.train)), packed)
+        return plan[len(plan) // 2], corpus.train.batch(plan[len(plan) // 2], row_length)
+    rows, batch = middle(512)
+    for _ in range(2): seconds = _seconds(model, batch, device)                # the first warms up
+    rows, batch = middle(-agree(-min(tokens, int(MOST_SECONDS / seconds * 512))))  # all processes the same
+    seconds = min(_seconds(model, batch, device) for _ in range(2))
     for _ in range(2):                                                     # the first makes Adam's averages
         start = time.perf_counter()
         optimiser.step()
         if device.type == "cuda": torch.cuda.synchronize()
-    return batch, time.perf_counter() - start, rows
+    return seconds, time.perf_counter() - start, rows, max(batch.source.numel(), batch.target.numel())
 
 # %% ../../nbs/4_training/06_wmt14.ipynb #55510616
 def _tell_time(found: DryRun, model, optimiser, corpus: _Corpus, train: TrainConfig, accelerator: Accelerator, config):
     "How long will it take here?"
     s, t = corpus.train.source_lengths, corpus.train.target_lengths
-    seconds, adam_seconds, rows = _measure(model, optimiser, corpus, train.tokens_per_batch, accelerator.device)
-    cells = len(rows) * int(max(s[rows].max(), t[rows].max()))
+    device = accelerator.device
+    seconds, adam_seconds, rows, cells = _measure(model, optimiser, corpus, train.tokens_per_batch, device,
+        is_packed(train, device))
     world, precision = accelerator.num_processes, accelerator.mixed_precision.replace("no", "float32")
     a_step = seconds * train.tokens_per_batch / cells * math.ceil(train.accumulate / world) + adam_seconds
     rate = training_flops(config, s[rows], t[rows]) / seconds
@@ -281,15 +281,16 @@ def dry_run(
     """Everything but the training: is the corpus there, does it fit, how long will it take, is there space for it?
     Writes nothing. What is wrong is collected in `problems`, not raised."""
     found, corpus, config, accelerator = DryRun(), None, None, None
+    with found.looking_at("devices"): accelerator = _meet(train, prepared_folder)
     with found.looking_at("corpus"): corpus = _look_at_corpus(data, prepared_folder)
     if corpus:
-        with found.looking_at("batches"): _tell_corpus(found, corpus, train, data.max_length)
+        packed = accelerator is not None and is_packed(train, accelerator.device)
+        with found.looking_at("batches"): _tell_corpus(found, corpus, train, data.max_length, packed)
     prepared = bool(corpus and corpus.prepared)
     with found.looking_at("model"):
         config = _sized(model, data, corpus and corpus.tokenizers, prepared)
         _tell_model(found, config, prepared)
         with found.looking_at("disk"): _tell_disk(found, train, prepared_folder and Path(prepared_folder).parent)
-    with found.looking_at("devices"): accelerator = _meet(train, prepared_folder)
     if not agree(int(config is None or accelerator is None)):           # all processes go on, or none
         with found.looking_at("memory"): _try(found, corpus, config, train, accelerator, data.max_length)
     return found
