@@ -7,7 +7,7 @@ RUN is what `flash-transformer train` leaves, of a pre-norm model with joint emb
 all sentences with beam 4; all of them greedily; the first hundred one after another, greedily and with beam 4.
 
 ours          `Translator.translate`, as `flash-transformer translate` calls it: text in, text out, so that tokenising
-              and detokenising count, which they do for nobody else. In the precision that it chooses, and in float32
+              and detokenising count, which they do for nobody else. In the precision that it chooses, float32, int8
 ctranslate2   the C++ engine, with our weights; ids in, ids out
 m2m100        `generate` of transformers with our weights: M2M100 is pre-norm, with ReLU and fixed sines, as ours
 marian        `generate` with MarianMTModel, which is post-norm and cannot take our weights: random ones of the same
@@ -25,8 +25,8 @@ Every engine is a process of its own, which sleeps until it is asked; all are as
 one round that is not counted. Peers live in environments that this script makes once, in --peers; pip's environment
 variables hold for that (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a small PyTorch).
 
-Profile: a quarter of the sentences, ours, beam 4, under torch.profiler. Ranges are opened around our functions from
-outside. Operations belong to the innermost range; what no operation covers is Python's, and the profiler's.
+Profile: a quarter of the sentences, ours, beam 4, with one thread, under torch.profiler. Ranges are opened around our
+functions from outside. Operations belong to the innermost range; what they do not cover is Python's and the profiler's.
 """
 import argparse
 import contextlib
@@ -49,7 +49,6 @@ from peers_decoding.serve import MARK, request, serve
 from training import ceilings, machine
 
 from flash_transformer.translation import Translator
-from flash_transformer.translation.fast_decoding import FastTransformer
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "decoding.json"
@@ -57,7 +56,7 @@ EXTRA = 50                                       # tokens that a translation may
 WORKS = {"beam 4": dict(beam=4, single=False), "greedy": dict(beam=1, single=False),
          "one by one, greedy": dict(beam=1, single=True), "one by one, beam 4": dict(beam=4, single=True)}
 SINGLE = 100                                     # sentences that are translated one by one
-OURS = ("auto", "float32")
+OURS = ("auto", "float32", "int8")
 PEERS = {"ctranslate2": ["ctranslate2==4.8.5", "numpy", "safetensors"],
          "transformers": [f"torch=={torch.__version__.split('+')[0]}", "transformers==5.23.0", "numpy", "safetensors"]}
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -208,8 +207,8 @@ def measure(options, work):
     jobs = {name: {"work": name, "sentences": min(len(texts), SINGLE) if job["single"] else len(texts), **job}
             for name, job in WORKS.items() if name in options.works}
     result = {"machine": machine(options.threads), "ceilings": ceilings(), "model": vars(shape),
-              "decode": vars(translator.config), "sentences": len(texts), "differ_greedy_float32": {}, "tried": [],
-              "works": {}}
+              "decode": vars(translator.config), "sentences": len(texts), "differ_greedy_float32": {},
+              "profile": profile(translator, texts[::4]), "tried": [], "works": {}}
     engines = engines_of(options, work, asked)
     for engine in engines.values(): result["machine"] |= engine.versions
     agree(engines, tokenizers, greedy, result["differ_greedy_float32"])
@@ -223,7 +222,6 @@ def measure(options, work):
             judge(engine, job, tokenizers, references)
     for engine in engines.values(): engine.close()
     result["ratios"] = ratios(result["works"])
-    result["profile"] = profile(translator, texts[::4])
     return result
 
 
@@ -279,17 +277,22 @@ def ratios(works):
 # ---- where the time goes ----
 
 LABEL = "part: "
-TEXT, VOCABULARY = "tokenising, batches, detokenising", "vocabulary projection"
+TEXT = "tokenising, batches, detokenising"
 
 
-def ranges():
-    "Functions around which a range is opened: where they are found, their name there, the part of the work"
+def ranges(fast):
+    "What a range is opened around: where it is found, its name there, the part of the work"
     from flash_transformer.translation import fast_decoding, translator
-    fast, notes = fast_decoding.FastTransformer, fast_decoding.Notes
-    return [(translator, "_search", "rest of the search"), (fast, "read", "encoder, the source's keys and values"),
-            (fast, "write", "decoder layers"), (fast_decoding, "_best_words", "best continuations"),
-            (notes, "follow", "beams change places"), (notes, "make_room", "room for more words"),
-            (notes, "keep", "finished sentences leave"), (fast_decoding, "_read_out", "reading the beams back")]
+    return [(translator, "_search", "rest of the search"),
+            (type(fast), "read", "encoder, the source's keys and values"),
+            (type(fast), "write", "decoder: feed-forward, norms, embedding"),
+            (fast_decoding, "_self_attention", "decoder: attention to what is written"),
+            (fast_decoding, "_cross_attention", "decoder: attention to the source"),
+            (fast, "output", "vocabulary projection"), (fast_decoding, "_best_words", "best continuations"),
+            (fast_decoding.Notes, "follow", "beams change places"),
+            (fast_decoding.Notes, "make_room", "room for more words"),
+            (fast_decoding.Notes, "keep", "finished sentences leave"),
+            (fast_decoding, "_read_out", "reading the beams back")]
 
 
 def ranged(function, part):
@@ -298,34 +301,33 @@ def ranged(function, part):
     return call
 
 
-def sort(event, part, sizes, operations, python):
-    "Microseconds of what lies directly in a range; the vocabulary's product is known by its sizes"
+def sort(event, part, operations, python):
+    "Microseconds of what lies directly in a range, part by part"
     python[part] += event.time_range.elapsed_us() - sum(e.time_range.elapsed_us() for e in event.cpu_children)
     for e in event.cpu_children:
-        if e.name.startswith(LABEL): sort(e, e.name.removeprefix(LABEL), sizes, operations, python)
-        else:
-            product = e.name in ("aten::matmul", "aten::addmm", "aten::linear") and e.input_shapes[1] in sizes
-            operations[VOCABULARY if product else part] += e.time_range.elapsed_us()
+        if e.name.startswith(LABEL): sort(e, e.name.removeprefix(LABEL), operations, python)
+        else: operations[part] += e.time_range.elapsed_us()
 
 
 def profile(translator, texts):
-    "Per cent of the time of each part: in operations, and in Python between them"
+    "Per cent of the time of each part: in operations, and in Python between them; one thread does it all"
     def seconds():
         start = time.perf_counter()
         translator.translate(texts, beam=4)
         return time.perf_counter() - start
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     seconds()
     plain = min(seconds() for _ in range(3))
     with contextlib.ExitStack() as stack:
-        for home, name, part in ranges():
+        for home, name, part in ranges(translator._copy(translator.config.precision)):
             stack.enter_context(mock.patch.object(home, name, ranged(getattr(home, name), part)))
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        found = stack.enter_context(torch.profiler.profile(activities=activities, record_shapes=True))
+        found = stack.enter_context(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]))
         ranged(seconds, TEXT)()
+    torch.set_num_threads(threads)
     operations, python = Counter(), Counter()
     whole, = (e for e in found.events() if e.name == LABEL + TEXT)
-    output = FastTransformer(translator.model).output.shape
-    sort(whole, TEXT, [list(output), list(output[::-1])], operations, python)
+    sort(whole, TEXT, operations, python)
     total = whole.time_range.elapsed_us()
     own = Counter({e.key: e.self_cpu_time_total for e in found.key_averages() if "::" in e.key})
     return {"sentences": len(texts), "seconds": plain, "seconds_profiled": total / 1e6,
@@ -351,8 +353,8 @@ def table(result): # → lines
     lines += [f"{r['work']}: ours is {r['ratio']:.2f} × as fast as {r['against']} ({r['setting']}), "
               f"wanted {r['goal']} ×" for r in result["ratios"]]
     p = result["profile"]
-    lines.append(f"{p['sentences']} sentences, beam 4: {p['seconds']:.2f} s, profiled {p['seconds_profiled']:.2f} s, "
-                 f"{p['operations']:,} operations; per cent in operations, in Python")
+    lines.append(f"{p['sentences']} sentences, beam 4, one thread: {p['seconds']:.2f} s, profiled "
+                 f"{p['seconds_profiled']:.2f} s, {p['operations']:,} operations; per cent in operations, in Python")
     return lines + [f"{e['operations']:>6.1f} {e['python']:>6.1f}  {part}" for part, e in p["per_cent"].items()]
 
 
