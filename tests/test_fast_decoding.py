@@ -13,7 +13,7 @@ from flash_transformer.translation import (
     FastTransformer,
     Translator,
     beam_search,
-    decoding_dtype,
+    decoding_precision,
     fast_beam_search,
     fast_greedy_search,
     greedy_search,
@@ -206,9 +206,12 @@ def test_precision_to_use(monkeypatch):
     for amx, expected in (True, torch.bfloat16), (False, torch.float32):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        assert decoding_dtype("auto", model) == decoding_dtype("int8", model) == expected
-        assert decoding_dtype("float32", model) == torch.float32 and decoding_dtype("fp16", model) == torch.float16
-        assert decoding_dtype("auto", wild(0)) == torch.float64
+        assert decoding_precision("auto", model, 5) == (expected, False)
+        assert decoding_precision("auto", model, 4) == (expected, amx)
+        assert decoding_precision("int8", model, 500) == (expected, True)
+        assert decoding_precision("float32", model, 1) == (torch.float32, False)
+        assert decoding_precision("fp16", model, 1) == (torch.float16, False)
+        assert decoding_precision("auto", wild(0), 1) == (torch.float64, False)
 
 
 # ---- the Translator's copy ----

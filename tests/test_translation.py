@@ -175,7 +175,7 @@ def test_order_is_kept_whatever_the_batches(translator, sentences, beam):
 def test_changes_are_for_once(translator, sentences):
     before = vars(translator.config).copy()
     translator.translate(sentences[0], beam=1, extra_length=1)
-    assert vars(translator.config) == before == dict(beam=2, length_penalty=0.6, extra_length=5, tokens_per_batch=4096,
+    assert vars(translator.config) == before == dict(beam=2, length_penalty=0.6, extra_length=5, tokens_per_batch=8192,
                                                       precision="auto")
     with pytest.raises(ValueError, match="decode.beam"): translator.translate("a", beam=0)
     with pytest.raises(TypeError, match="beem"): translator.translate("a", beem=3)

@@ -7,6 +7,7 @@ __all__ = ['DecodeConfig', 'Translator', 'Evaluation', 'score', 'evaluate']
 
 # %% ../../nbs/5_translation/02_translator.ipynb #ecec622b
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ from ..data import PAD, TokenizerPair, plan_batches
 from ..model import Transformer, TransformerConfig, attention_maps, load_weights
 from flash_transformer.translation.fast_decoding import (
     FastTransformer,
-    decoding_dtype,
+    decoding_precision,
     fast_beam_search,
     fast_greedy_search,
 )
@@ -35,8 +36,8 @@ class DecodeConfig:
     beam: int = 4                # beginnings kept alive; 1 is greedy search
     length_penalty: float = 0.6  # α
     extra_length: int = 50       # a translation has at most source length + this many tokens
-    tokens_per_batch: int = 4096 # sentences × beam × longest source, translated together
-    precision: Literal["auto", "float32", "bf16", "fp16", "int8"] = "auto" # auto: what suits the hardware
+    tokens_per_batch: int = 8192 # sentences × beam × longest source, translated together, at most
+    precision: Literal["auto", "float32", "bf16", "fp16", "int8"] = "auto" # see `decoding_precision`
 
     def __post_init__(self):
         for name in ("beam", "extra_length", "tokens_per_batch"):
@@ -59,6 +60,30 @@ def _search(
     if config.beam == 1: return fast_greedy_search(model, source, lengths, config.extra_length)
     found = fast_beam_search(model, source, lengths, config.beam, config.length_penalty, config.extra_length)
     return [hypotheses[0].ids for hypotheses in found]
+
+# %% ../../nbs/5_translation/02_translator.ipynb #ddd8d07a
+WORKERS = 4
+
+def _workers(device): return min(torch.get_num_threads(), WORKERS) if device.type == "cpu" else 1
+
+
+def _work(work, batches, device): # → work(batch) of each, in order
+    threads, workers = torch.get_num_threads(), min(_workers(device), len(batches))
+    if workers == 1:
+        yield from map(work, batches)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    try: yield from pool.map(work, batches)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _plan(lengths, tokens_per_batch, workers): # → numbers of the sentences of each batch, longest first
+    longest, total = int(lengths.max()), int(lengths.sum())
+    count = -(-total // (tokens_per_batch * workers)) * workers          # the same number of batches for each worker
+    budget = max(min(tokens_per_batch, total // count + longest), longest)
+    return plan_batches(lengths, lengths, budget, shuffle=False)[::-1]
 
 # %% ../../nbs/5_translation/02_translator.ipynb #c8ded2bd
 LONGEST = 4096 # tokens of a source
@@ -112,9 +137,9 @@ class Translator:
         except (RuntimeError, AssertionError) as e:                 # PyTorch's ways to say that it has no such device
             raise ValueError(f"cannot translate on {device!r}: {str(e).splitlines()[0]}") from e
 
-    def _copy(self, precision): # → `FastTransformer`, made anew when the weights have changed
+    def _copy(self, precision, rows): # → `FastTransformer`, made anew when the weights have changed
         state = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.model.parameters()]
-        how = decoding_dtype(precision, self.model), precision == "int8"
+        how = decoding_precision(precision, self.model, rows)
         if self._fast.get(how, (None,))[0] != state: self._fast[how] = state, FastTransformer(self.model, *how)
         return self._fast[how][1]
 
@@ -135,11 +160,13 @@ class Translator:
         if lengths.max() > LONGEST:
             raise ValueError(f"a text has {lengths.max():,} tokens, more than {LONGEST:,}: split it into sentences; "
                 f"it begins {texts[lines[lengths.argmax()]][:40]!r}")
-        budget = max(config.tokens_per_batch // config.beam, int(lengths.max()))
-        batches, fast = plan_batches(lengths, lengths, budget, shuffle=False), self._copy(config.precision)
-        for batch in tqdm(batches, desc="translating", unit="batch", disable=None if progress else True):
-            found = _search(fast, [ids[i] for i in batch], config)
-            for i, text in zip(batch, self.tokenizers.decode_target(found)): results[lines[i]] = text
+        device = next(self.model.parameters()).device
+        batches = _plan(lengths, max(config.tokens_per_batch // config.beam, 1), _workers(device))
+        fast = self._copy(config.precision, config.beam * max(map(len, batches)))
+        found = _work(lambda batch: _search(fast, [ids[i] for i in batch], config), batches, device)
+        bar = tqdm(found, desc="translating", unit="batch", total=len(batches), disable=None if progress else True)
+        for batch, translations in zip(batches, bar):
+            for i, text in zip(batch, self.tokenizers.decode_target(translations)): results[lines[i]] = text
         return results
 
     def attention(self,
