@@ -370,7 +370,7 @@ def draw(result, path):
             rates = [n / seconds for seconds in e["seconds"]]
             ax.barh(y, e["sentences_per_second"], color="C0" if name.startswith("ours") else "0.75")
             ax.plot(rates, [y] * len(rates), "k.", markersize=4)
-            ax.annotate(f"  {e['sentences_per_second']:,.4g}", (max(rates), y), va="center")
+            ax.annotate(f"  {e['sentences_per_second']:,.1f}", (max(rates), y), va="center")
         ax.set(yticks=range(len(found)), yticklabels=reversed(found), title=work)
         ax.margins(x=0.12)
         ax.spines[["top", "right"]].set_visible(False)
