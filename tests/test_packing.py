@@ -117,7 +117,7 @@ def test_a_plan(lengths, rows, epoch):
             if max(a + x, b + y) > length: row, a, b = row + 1, 0, 0
             a, b = a + x, b + y
         assert row <= rows
-    order = np.random.default_rng((3, epoch)).permutation(len(s))                # in which they are taken, if equally long
+    order = np.random.default_rng((3, epoch)).permutation(len(s))                    # decides among equally long ones
     if len(s) <= 256: assert len(plan) == -(-first_fit(s[order], t[order], length) // rows)
 
 

@@ -96,7 +96,7 @@ def _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, told, mask, dropout, scal
         if mask.key_lengths is not None:
             raise ValueError("key_lengths says how much of a padded row is real; packed sequences have no padding, "
                              "their lengths are in cu_seqlens_k")
-        if mask.segments is not None: raise ValueError("segments are for rows; here cu_seqlens say who belongs together")
+        if mask.segments is not None: raise ValueError("segments are for rows; packed sequences have cu_seqlens")
         mask.check(len(cu_seqlens_q) - 1, q.shape[1], 0)
     return scale, longest
 

@@ -197,8 +197,10 @@ def _batch_bytes(model: Transformer, rows: int, length: int) -> float:
         model.recompute = False
         block = (estimate() - kept) / len([*model.encoder.blocks, *model.decoder.blocks])
         model.recompute = True
-    logits = 4 * min(CHUNK, rows * length) * model.config.target_vocab_size             # of a chunk, in float32 at most
-    return 1.1 * (kept + max(block, logits))                             # a tenth is what allocators waste
+    c, tokens = model.config, rows * length
+    logits = 4 * c.target_vocab_size * (min(CHUNK, tokens) + c.d_model)        # of a chunk, and its gradient's product
+    gradients = 4 * tokens * 2 * (c.d_ff + c.d_model)                          # of a block's inner vectors
+    return 1.1 * (kept + max(block + gradients, logits))                             # a tenth is what allocators waste
 
 def _free_bytes(device: torch.device) -> float:
     "Memory that a process may still take, where models live"

@@ -9,7 +9,6 @@ __all__ = ['CHUNK', 'BLOCK', 'label_smoothed_loss', 'projected_loss', 'batch_los
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -49,9 +48,10 @@ class _ProjectedLoss(torch.autograd.Function):
         x, w, labels = hidden.to(dtype) * real.to(dtype), weight.to(dtype), labels[:, None]
         plain, uniform = torch.zeros((2, 1), dtype=exact, device=x.device)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=exact)
+        table = x.new_empty(min(CHUNK, len(x)), v)
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
-            logits = F.linear(x[chunk], w)                                       # chunk v
+            logits = torch.mm(x[chunk], w.mT, out=table[:len(x[chunk])])         # chunk v
             for first in range(0, len(logits), BLOCK if kind == "cpu" else CHUNK):
                 block = logits[first:first + (BLOCK if kind == "cpu" else CHUNK)]
                 rows = slice(start + first, start + first + len(block))
