@@ -246,10 +246,10 @@ def _write(self, words, notes): # the last word of each beginning, (batch·beam,
 FastTransformer.write = _write
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #e79c389d
-def _still(done, share=0.75, multiple=8): # (batch,) → which sentences to go on with, or None: all
-    left = int((~done).sum())
-    rounded = -(-left // multiple) * multiple
-    return done.byte().argsort(stable=True)[:rounded] if rounded <= share * len(done) else None
+def _still(done: Tensor) -> tuple[int, Tensor | None]: # (batch,) → how many go on; who stays, None if all do
+    left = done.tolist().count(False)
+    rounded = -(-left // 8) * 8
+    return left, done.byte().argsort(stable=True)[:rounded] if rounded <= 0.75 * len(done) else None
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #8d46b22d
 def _likeliest(logits, blocks): # (rows, v) → (rows,)
@@ -269,20 +269,21 @@ def fast_greedy_search(
     "What `greedy_search` finds"
     if not len(source): return []
     limit, number = source_lengths + extra_length, torch.arange(len(source), device=source.device)
-    notes, word, tape = model.read(source, source_lengths, 1), torch.full_like(number, BOS), []
+    limits, notes, word, tape = limit.tolist(), model.read(source, source_lengths, 1), torch.full_like(number, BOS), []
     done = torch.zeros_like(number, dtype=torch.bool)
-    for step in range(1, int(limit.max()) + 1):
-        logits = model.write(word, notes)
-        word = _likeliest(logits, model.blocks)                                                       # b
-        tape.append((number, word.masked_fill(done, EOS)))
-        done = done | (word == EOS) | (limit <= step)
-        if done.all(): break
-        if (still := _still(done)) is not None:
-            notes.keep(still)
-            number, word, done, limit = number[still], word[still], done[still], limit[still]
+    for step in range(1, max(limits) + 1):
+        word = _likeliest(model.write(word, notes), model.blocks)                                     # b
+        tape.append((number, word))
+        done = done | (word == EOS)
+        if step >= min(limits): done = done | (limit <= step)
+        left, stay = _still(done)
+        if not left: break
+        if stay is not None:
+            notes.keep(stay)
+            number, word, done, limit = number[stay], word[stay], done[stay], limit[stay]
     found = torch.full((len(source), len(tape)), EOS, device=source.device)
     for t, (number, word) in enumerate(tape): found[number, t] = word
-    return [ids[:ids.index(EOS)] if EOS in ids else ids for ids in found.tolist()]
+    return [ids[:(ids[:n] + [EOS]).index(EOS)] for ids, n in zip(found.tolist(), limits)]
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #b66d933e
 @torch.inference_mode()
@@ -317,12 +318,13 @@ def fast_beam_search(
         safe = there[:, 0] & (best[:, 0] >= ahead / last[number])
         good = there[:, -1] & (best[:, -1] >= ahead / length_penalty(step, alpha))
         done = done | safe | good | (limit[number] <= step)
-        if done.all(): break
+        left, stay = _still(done)
+        if not left: break
         if beam > 1: notes.follow((parent + torch.arange(len(number), device=device)[:, None] * beam).flatten())
         word = word.clamp_(max=model.vocabulary - 1)
-        if (still := _still(done)) is not None:
-            notes.keep(still)
-            number, alive, best, done, word = (x[still] for x in (number, alive, best, done, word))
+        if stay is not None:
+            notes.keep(stay)
+            number, alive, best, done, word = (x[stay] for x in (number, alive, best, done, word))
     return _read_out(tape, limit, alpha)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #6427f276

@@ -67,12 +67,15 @@ WORKERS = 4
 def _workers(device): return min(torch.get_num_threads(), WORKERS) if device.type == "cpu" else 1
 
 
-def _work(work, batches, device): # → work(batch) of each, in order
+def _work(work, batches, device, few): # → work(batch) of each, in order; few: no batch has more than a few rows
     threads, workers = torch.get_num_threads(), min(_workers(device), len(batches))
+    share = 1 if few else threads // workers
     if workers == 1:
-        yield from map(work, batches)
+        if few: torch.set_num_threads(1)
+        try: yield from map(work, batches)
+        finally: torch.set_num_threads(threads)
         return
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
     try: yield from pool.map(work, batches)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -162,8 +165,9 @@ class Translator:
                 f"it begins {texts[lines[lengths.argmax()]][:40]!r}")
         device = next(self.model.parameters()).device
         batches = _plan(lengths, max(config.tokens_per_batch // config.beam, 1), _workers(device))
-        fast = self._copy(config.precision, config.beam * max(map(len, batches)))
-        found = _work(lambda batch: _search(fast, [ids[i] for i in batch], config), batches, device)
+        rows = config.beam * max(map(len, batches))
+        fast = self._copy(config.precision, rows)
+        found = _work(lambda batch: _search(fast, [ids[i] for i in batch], config), batches, device, rows <= 16)
         bar = tqdm(found, desc="translating", unit="batch", total=len(batches), disable=None if progress else True)
         for batch, translations in zip(batches, bar):
             for i, text in zip(batch, self.tokenizers.decode_target(translations)): results[lines[i]] = text
