@@ -57,7 +57,7 @@ class _Linear:
             except (AttributeError, RuntimeError): pass    # another build of PyTorch: the plain product serves
 
     def __call__(self, x, then="none"): # (rows, in) → (rows, out)
-        if self.int8 and len(x) <= FEW:
+        if self.int8 and x.shape[0] <= FEW:
             y = torch._weight_int8pack_mm(x, *self.int8)
             if self.bias is not None: y += self.bias
         elif self.packed: return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, then, [], "")
@@ -184,28 +184,30 @@ class Notes:
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #cc35e93b
 def _by_head(x, heads): # (…, n, d_model) → (…, heads, n, head_dim)
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)
 
 
-def _attend(q, kv, add): # (batch, heads, n, head_dim), keys and values, to add to scores → (batch·n, d_model)
-    return F.scaled_dot_product_attention(q, *kv, add).transpose(1, 2).flatten(2).flatten(0, 1)
+def _attend(q, kv, add, shape): # (batch, heads, n, head_dim), keys and values, to add to scores → (batch·n, d_model)
+    return F.scaled_dot_product_attention(q, kv[0], kv[1], add).transpose(1, 2).reshape(shape)
 
 
 def _encoder_attention(x, layer, heads, padding): # x: (batch·n, d_model)
     q, *kv = _by_head(layer.qkv(x).view(len(padding), -1, 3, x.shape[1]).permute(2, 0, 1, 3), heads)
-    return layer.out(_attend(q, kv, padding))
+    return layer.out(_attend(q, kv, padding, x.shape))
 
 
 def _self_attention(x, layer, heads, words, sight, first): # words: of this layer, (2, batch, room, d_model)
     batch, _, beam, used = sight.shape
     qkv = layer.qkv(x).view(batch, beam, 3, -1)
     words[:, :, first:first + beam] = qkv[:, :, 1:].permute(2, 0, 1, 3)                               # kept
-    return layer.out(_attend(_by_head(qkv[:, :, 0], heads), _by_head(words[:, :, :used], heads), sight))
+    q, kv = _by_head(qkv[:, :, 0], heads), _by_head(words[:, :, :used], heads)                        # b h n d
+    return layer.out(_attend(q, kv, sight, x.shape))
 
 
 def _cross_attention(x, layer, memory, padding): # memory: (2, batch, heads, source length, head_dim)
-    _, batch, heads, _, _ = memory.shape
-    return layer.cross_out(_attend(_by_head(layer.query(x).view(batch, -1, x.shape[1]), heads), memory, padding))
+    _, batch, heads, _, head_dim = memory.shape
+    q = layer.query(x).view(batch, -1, heads, head_dim).transpose(1, 2)                               # b h n d
+    return layer.cross_out(_attend(q, memory, padding, x.shape))
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #b25c9d4b
 def _read(self, source, source_lengths, beam): # → `Notes`
