@@ -306,8 +306,7 @@ def fast_beam_search(
     alive = torch.full((batch, beam), -torch.inf, device=device,
                        dtype=torch.promote_types(model.dtype, torch.float32))
     alive[:, 0] = 0
-    best = torch.full((batch, beam), -torch.inf, device=device, dtype=torch.float64)   # scores of endings
-    last = length_penalty(limit.double(), alpha)
+    best, last = torch.full_like(alive, -torch.inf), length_penalty(limit.to(alive.dtype), alpha)     # scores of endings
     for step in range(1, int(limit.max()) + 1):
         total, parent, word = _best_words(model.write(word.flatten(), notes), alive, model.blocks, 2 * beam)
         ended = (word == EOS) & total.isfinite()                                                      # b 2·beam
@@ -315,8 +314,8 @@ def fast_beam_search(
         going_on = ended.byte().argsort(dim=1, stable=True)[:, :beam]                                 # the best others
         alive, parent, word = (x.gather(1, going_on) for x in (total, parent, word))                  # b beam
         tape.append((number, parent, word, alive[:, :1], *endings))
-        best = torch.cat([best, endings[0].double() / length_penalty(step, alpha)], dim=1).topk(beam).values
-        there, ahead = best > -torch.inf, alive[:, 0].double()
+        best = torch.cat([best, endings[0] / length_penalty(step, alpha)], dim=1).topk(beam).values
+        there, ahead = best > -torch.inf, alive[:, 0]
         safe = there[:, 0] & (best[:, 0] >= ahead / last[number])
         good = there[:, -1] & (best[:, -1] >= ahead / length_penalty(step, alpha))
         done = done | safe | good | (limit[number] <= step)
@@ -339,12 +338,12 @@ def _read_out(tape, limit, alpha): # → hypotheses, as `beam_search` returns th
         return whole
     parents, words, alive = column(1, 0), column(2, 0), column(3, -torch.inf)
     log_p, slots = (column(i, fill).transpose(0, 1).flatten(1) for i, fill in ((4, -torch.inf), (5, 0))) # b (t beam)
-    length = torch.arange(1, steps + 1, device=limit.device, dtype=torch.float64).repeat_interleave(beam)
-    score, at = (log_p.double() / length_penalty(length, alpha)).topk(beam)                           # b beam
+    length = torch.arange(1, steps + 1, device=limit.device).repeat_interleave(beam)
+    score, at = (log_p / length_penalty(length.to(log_p.dtype), alpha)).topk(beam)                          # b beam
     log_p, slot, n = log_p.gather(1, at), slots.gather(1, at), at // beam                             # n: without </s>
     for i in (score[:, 0] == -torch.inf).nonzero()[:, 0].tolist():                                    # cut off
         slot[i, 0], n[i, 0], log_p[i, 0] = 0, limit[i], alive[limit[i] - 1, i, 0]
-        score[i, 0] = log_p[i, 0].double() / length_penalty(int(limit[i]), alpha)
+        score[i, 0] = log_p[i, 0] / length_penalty(int(limit[i]), alpha)
     ids = torch.zeros(batch, beam, steps, dtype=torch.long, device=limit.device)
     for t in reversed(range(steps)):
         ids[:, :, t] = words[t].gather(1, slot)
