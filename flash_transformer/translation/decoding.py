@@ -91,7 +91,9 @@ def beam_search(
     found, limits, searching = [[] for _ in range(batch)], limit.tolist(), set(range(batch))
     for step in range(1, max(limits) + 1):
         hidden = model.decode(words[:, :, -1].reshape(-1, 1), memory, source_lengths, cache)      # (b beam) 1 d
-        log_p = model.output(hidden[:, -1]).float().log_softmax(-1).view(batch, beam, -1)         # b beam v
+        logits = model.output(hidden[:, -1])                                                      # (b beam) v
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        log_p = logits.log_softmax(-1, dtype=exact).view(batch, beam, -1)                         # b beam v
         total, index = (alive[:, :, None] + log_p).flatten(1).topk(2 * beam)                      # b 2·beam
         parent, word = index // log_p.shape[-1], index % log_p.shape[-1]
         ended = (word == EOS) & total.isfinite()

@@ -306,7 +306,7 @@ def fast_beam_search(
     alive = torch.full((batch, beam), -torch.inf, device=device,
                        dtype=torch.promote_types(model.dtype, torch.float32))
     alive[:, 0] = 0
-    best, last = torch.full_like(alive, -torch.inf), length_penalty(limit.to(alive.dtype), alpha)     # scores of endings
+    best, last = torch.full_like(alive, -torch.inf), length_penalty(limit.to(alive.dtype), alpha) # of endings
     for step in range(1, int(limit.max()) + 1):
         total, parent, word = _best_words(model.write(word.flatten(), notes), alive, model.blocks, 2 * beam)
         ended = (word == EOS) & total.isfinite()                                                      # b 2·beam
