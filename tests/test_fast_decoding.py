@@ -206,12 +206,11 @@ def test_precision_to_use(monkeypatch):
     for amx, expected in (True, torch.bfloat16), (False, torch.float32):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        assert decoding_precision("auto", model, 5) == (expected, False)
-        assert decoding_precision("auto", model, 4) == (expected, amx)
-        assert decoding_precision("int8", model, 500) == (expected, True)
-        assert decoding_precision("float32", model, 1) == (torch.float32, False)
-        assert decoding_precision("fp16", model, 1) == (torch.float16, False)
-        assert decoding_precision("auto", wild(0), 1) == (torch.float64, False)
+        assert decoding_precision("auto", model) == (expected, False)
+        assert decoding_precision("int8", model) == (expected, True)
+        assert decoding_precision("float32", model) == (torch.float32, False)
+        assert decoding_precision("fp16", model) == (torch.float16, False)
+        assert decoding_precision("auto", wild(0)) == (torch.float64, False)
 
 
 # ---- the Translator's copy ----

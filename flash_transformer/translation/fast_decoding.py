@@ -26,10 +26,9 @@ FEW = 4   # rows up to which reading 8 bits a weight is faster than reading 16
 def decoding_precision(
     precision: str,     # "auto", "int8", or a key of `DTYPES`
     model: Transformer,
-    rows: int,          # most sentences × beam that are translated together
 ) -> tuple[torch.dtype, bool]: # for `FastTransformer`: dtype to compute in, 8 bits a weight?
     """What to decode in. `auto` leaves a model alone that is not float32; else it is bf16 where the hardware multiplies
-    it faster (on a CPU with 8 bits a weight for a few rows), fp16 on older CUDA devices, else float32"""
+    it faster, fp16 on older CUDA devices, else float32. 8 bits a weight only where they are asked for"""
     if precision in DTYPES: return DTYPES[precision], False
     parameter = next(model.parameters())
     kind, dtype = parameter.device.type, parameter.dtype
@@ -37,7 +36,7 @@ def decoding_precision(
         dtype = torch.bfloat16 if torch.cuda.get_device_capability(parameter.device) >= (8, 0) else torch.float16
     elif dtype == torch.float32 and kind == "cpu":
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(): dtype = torch.bfloat16
-    return dtype, precision == "int8" or (dtype == torch.bfloat16 and kind == "cpu" and rows <= FEW)
+    return dtype, precision == "int8"
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #90ed7d50
 class _Linear:

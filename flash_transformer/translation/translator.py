@@ -140,9 +140,9 @@ class Translator:
         except (RuntimeError, AssertionError) as e:                 # PyTorch's ways to say that it has no such device
             raise ValueError(f"cannot translate on {device!r}: {str(e).splitlines()[0]}") from e
 
-    def _copy(self, precision, rows): # → `FastTransformer`, made anew when the weights have changed
+    def _copy(self, precision): # → `FastTransformer`, made anew when the weights have changed
         state = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.model.parameters()]
-        how = decoding_precision(precision, self.model, rows)
+        how = decoding_precision(precision, self.model)
         if self._fast.get(how, (None,))[0] != state: self._fast[how] = state, FastTransformer(self.model, *how)
         return self._fast[how][1]
 
@@ -166,7 +166,7 @@ class Translator:
         device = next(self.model.parameters()).device
         batches = _plan(lengths, max(config.tokens_per_batch // config.beam, 1), _workers(device))
         rows = config.beam * max(map(len, batches))
-        fast = self._copy(config.precision, rows)
+        fast = self._copy(config.precision)
         found = _work(lambda batch: _search(fast, [ids[i] for i in batch], config), batches, device, rows <= 16)
         bar = tqdm(found, desc="translating", unit="batch", total=len(batches), disable=None if progress else True)
         for batch, translations in zip(batches, bar):
