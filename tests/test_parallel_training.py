@@ -170,7 +170,7 @@ def next_with_two(run, recipe, parallel):
     return go_on(run, recipe) if saved(run) else [*with_two(run, recipe, parallel), "--overwrite"]
 
 
-LOSS = "flash_transformer.training.trainer.label_smoothed_loss"      # called for each batch, and in validations
+LOSS = "flash_transformer.training.trainer.batch_loss"      # called for each batch, and in validations
 
 
 @with_(["ddp", "fsdp"])
