@@ -329,8 +329,8 @@ def test_resumed_training_is_the_same(recipe, tmp_path):
         torch.manual_seed(0)
         shape = TransformerConfig(d_model=16, d_ff=32, heads=2, encoder_layers=1, decoder_layers=1, dropout=0.1,
                                   source_vocab_size=tokenizers.source_size, target_vocab_size=tokenizers.target_size)
-        config = TrainConfig(max_steps=steps, tokens_per_batch=200, warmup_steps=5, checkpoint_every=5, log_every=1,
-                             precision="float32")
+        config = TrainConfig(max_steps=steps, tokens_per_batch=200, packing=False, warmup_steps=5, checkpoint_every=5,
+                             log_every=1, precision="float32")
         return Trainer(Transformer(shape), train, validation, config, tmp_path / run)
 
     trainer("whole", 30).fit()
