@@ -36,6 +36,17 @@ def sinusoidal_positions(
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()            # n d
 
 # %% ../../nbs/2_transformer/01_embeddings.ipynb #f0855593
+class _AddProduct(torch.autograd.Function):
+    "x + y · f for a constant f; addcmul's own gradient would go through memory once more, for its factor of 1"
+    @staticmethod
+    def forward(ctx, x, y, f):
+        ctx.save_for_backward(f)
+        return torch.addcmul(x, y, f)
+
+    @staticmethod
+    def backward(ctx, gradient): return gradient, gradient * ctx.saved_tensors[0], None
+
+
 class Dropout(nn.Module):
     "Zero entries with probability p in training, divide the rest by 1 − p (Srivastava et al. 2014)"
     def __init__(self,
@@ -60,7 +71,7 @@ class Dropout(nn.Module):
     ) -> Tensor:   # like x
         "x + dropout(y); on a CPU in one pass over them"
         if not self.training or not self.p or x.device.type != "cpu": return x + self(y)
-        return torch.addcmul(x, y, self._factors(y))
+        return _AddProduct.apply(x, y, self._factors(y))
 
     def _factors(self, x): # 0 for what is dropped, 1 / (1 − p) for what is kept
         seed = int(torch.randint(2**63 - 1, ()))                               # so torch.manual_seed governs it
