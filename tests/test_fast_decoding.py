@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from untrained import Leaning, sources, wild
 
-from flash_transformer.data import BOS, EOS, PAD
-from flash_transformer.model import Transformer, TransformerConfig
+from flash_transformer.data import BOS, EOS
 from flash_transformer.translation import (
     FastTransformer,
     Translator,
@@ -20,22 +20,6 @@ from flash_transformer.translation import (
 )
 from flash_transformer.translation import fast_decoding as module
 from flash_transformer.translation.fast_decoding import _best_words, _Linear
-
-
-def wild(seed, size=40, dtype=torch.float64, std=0.5, lean=1.0, **changes):
-    "A random model with strong opinions; `lean` changes those about </s>"
-    torch.manual_seed(seed)
-    shape = dict(heads=2, encoder_layers=1, decoder_layers=2, norm="pre", tie_embeddings="none") | changes
-    model = Transformer(TransformerConfig(16, 32, source_vocab_size=size, target_vocab_size=size, **shape))
-    for p in model.parameters(): nn.init.normal_(p, std=std)
-    with torch.no_grad(): model.output.weight[EOS] *= lean
-    return model.to(dtype).eval()
-
-
-def sources(seed, lengths, size=40):
-    g = torch.Generator().manual_seed(seed)
-    rows = [torch.cat([torch.randint(4, size, (n - 1,), generator=g), torch.tensor([EOS])]) for n in lengths]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD), torch.tensor(lengths)
 
 
 def check(model, source, lengths, beam, alpha, extra, fast=None, tolerance=1e-9):
@@ -96,15 +80,6 @@ def test_sentences_leave(monkeypatch):
     rows.clear()
     monkeypatch.setattr(module, "_still", lambda done: (int((~done).sum()), None))
     assert fast_beam_search(fast, source, lengths, 2, 1.0, 30) == smaller and sum(rows) > least
-
-
-class Leaning(nn.Module):
-    "Adds so much to the logit of </s>"
-    def __init__(self, output, lean): super().__init__(), setattr(self, "output", output), setattr(self, "lean", lean)
-    def forward(self, x):
-        logits = self.output(x)
-        logits[:, EOS] += self.lean
-        return logits
 
 
 @pytest.mark.parametrize("extra", [1, 4])

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
+from untrained import Leaning, sources, wild
 
 from flash_transformer.data import BOS, EOS, TokenizerPair, load_corpus, toy_corpus
 from flash_transformer.model import Transformer, TransformerConfig, save_weights
@@ -23,21 +24,6 @@ from flash_transformer.translation import (
 )
 
 # ---- search ----
-
-def wild(seed, size=6):
-    "An untrained model in float64, with strong opinions and no clear winner"
-    torch.manual_seed(seed)
-    model = Transformer(TransformerConfig(d_model=8, d_ff=16, heads=2, encoder_layers=1, decoder_layers=2, norm="pre",
-                                          dropout=0.0, source_vocab_size=size, target_vocab_size=size))
-    for p in model.parameters(): nn.init.normal_(p, std=0.6)
-    return model.double().eval()
-
-
-def sources(seed, lengths, size=6):
-    g = torch.Generator().manual_seed(seed)
-    rows = [torch.cat([torch.randint(4, size, (n - 1,), generator=g), torch.tensor([EOS])]) for n in lengths]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(lengths)
-
 
 def log_prob(model, source, ids, end=(EOS,)):
     "Of these words and the end behind them, all at once and without a cache"
@@ -104,15 +90,6 @@ def test_beam_of_one_is_greedy(seed):
             with torch.no_grad(): logits = model(row[None, :n], n[None], torch.tensor([[BOS, *ids]]))
             ids.append(logits[0, -1].argmax().item())
         assert found == [i for i in ids if i != EOS]
-
-
-class Leaning(nn.Module):
-    "Adds so much to the logit of </s>"
-    def __init__(self, output, lean): super().__init__(), setattr(self, "output", output), setattr(self, "lean", lean)
-    def forward(self, x):
-        logits = self.output(x)
-        logits[:, EOS] += self.lean
-        return logits
 
 
 @pytest.mark.parametrize("extra", [1, 4])
