@@ -32,21 +32,19 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections import Counter
 from pathlib import Path
 from unittest import mock
 
 import sacrebleu
 import torch
-from peers_decoding.serve import MARK, request, serve
-from training import ceilings, machine
+from peers_decoding.serve import request, serve
+from processes import Worker, python_of
+from training import PYTORCH, ceilings, machine
 
 from flash_transformer.translation import Translator
 
@@ -57,8 +55,8 @@ WORKS = {"beam 4": dict(beam=4, single=False), "greedy": dict(beam=1, single=Fal
          "one by one, greedy": dict(beam=1, single=True), "one by one, beam 4": dict(beam=4, single=True)}
 SINGLE = 100                                     # sentences that are translated one by one
 OURS = ("auto", "float32", "int8")
-PEERS = {"ctranslate2": ["ctranslate2==4.8.5", "numpy", "safetensors"],
-         "transformers": [f"torch=={torch.__version__.split('+')[0]}", "transformers==5.23.0", "numpy", "safetensors"]}
+PEERS = {"ctranslate2": (["ctranslate2==4.8.5"], ["numpy", "safetensors"]), # environment → see `python_of`
+         "transformers": ([PYTORCH, "transformers==5.23.0"], ["numpy", "safetensors"])}
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 GOALS = [("beam 4", "ctranslate2", 1.0), ("greedy", "ctranslate2", 1.0), ("beam 4", "generate", 4.0),
          ("one by one, greedy", "generate", 3.0)]
@@ -78,47 +76,6 @@ def serve_ours():
 
 # ---- the driver ----
 
-def python_of(name, folder):
-    "The Python of a peer's environment, which is made if it is not there"
-    python = folder.absolute() / name / "bin" / "python"
-    wanted = dict(package.split("==") for package in PEERS[name] if "==" in package)
-    check = (f"from importlib.metadata import version; import safetensors\n"
-             f"assert all(version(name).split('+')[0] == v for name, v in {wanted}.items())")
-    if python.exists() and not subprocess.run([python, "-c", check], capture_output=True).returncode: return python
-    print(f"making an environment for {name} in {python.parent.parent}", flush=True)
-    venv.create(python.parent.parent, with_pip=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[name]], check=True)
-    return python
-
-
-class Worker:
-    "An engine in a process of its own, with the PyTorch threads and the memory that it is to have"
-    def __init__(self, command, asked, threads, keep=True):
-        environment = os.environ | (KEEP if keep else {}) | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([*map(str, command), str(asked)], env=environment, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=self.errors, text=True)
-        self.facts = self.answer()
-
-    def answer(self):
-        for line in self.process.stdout:
-            if line.startswith(MARK): return json.loads(line)["answer"]
-        self.process.wait()
-        self.errors.seek(0)
-        raise SystemExit(f"{self.process.args[1:]} ended: {self.errors.read()[-3000:]}")
-
-    def ask(self, job, show=False):
-        time.sleep(0.3)                                          # until the threads of who was asked before sleep, too
-        print(json.dumps(job | {"show": show}), file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.stdout.read()
-        self.process.wait()
-
-
 class Engine:
     "A worker, or one with kept and one with freed memory, and what can be set"
     def __init__(self, start, threads):
@@ -129,7 +86,9 @@ class Engine:
         if keep not in self.workers: self.workers[keep] = self.start(keep)
         return self.workers[keep]
 
-    def ask(self, job, setting, show=False): return self.worker(setting.get("keep", True)).ask(job | setting, show)
+    def ask(self, job, setting, show=False):
+        time.sleep(0.3)                                          # until the threads of who was asked before sleep, too
+        return self.worker(setting.get("keep", True)).ask(json.dumps(job | setting | {"show": show}))
 
     def close(self):
         for worker in self.workers.values(): worker.close()
@@ -185,8 +144,9 @@ def engines_of(options, work, asked):
     path = work / "request.json"
     path.write_text(json.dumps(asked))
     commands = {"ours": [sys.executable, __file__, "--worker"]} | {
-        name: [python_of(name, options.peers), HERE / "peers_decoding" / f"{name}_worker.py"] for name in PEERS}
-    def starter(name): return lambda keep: Worker(commands[name], path, options.threads, keep)
+        name: [python_of(options.peers / name, *PEERS[name]), HERE / "peers_decoding" / f"{name}_worker.py"]
+        for name in PEERS}
+    def starter(name): return lambda keep: Worker([*commands[name], path], options.threads, **(KEEP if keep else {}))
     return {name: Engine(starter(name), options.threads) for name in commands}
 
 

@@ -18,7 +18,8 @@ marian, marian bf16    transformers' MarianMTModel, random weights, in the loop 
                        other: the arithmetic is the same. attn_implementation is eager: for rows as short as these that
                        is a third faster in bf16 than its default, sdpa
 torch, torch bf16      torch.nn.Transformer in the same loop; cross_entropy with label smoothing
-joeynmt                JoeyNMT 2.3.0, its own command, data pipeline and SentencePiece model; it has no bf16 on a CPU
+joeynmt                JoeyNMT 2.3.0, its own command, data pipeline and SentencePiece model; it has no bf16 on a CPU.
+                       joeynmt as it is: without the help with memory that is said above
 
 bf16 is autocast. Ours makes its batches as it goes, several sentences a row. Marian and torch cannot read such rows;
 they get rows of one sentence, sentences of like length together (`plan_batches`: hardly any padding), ready-made, so
@@ -44,11 +45,9 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +55,7 @@ from pathlib import Path
 import torch
 import yaml
 from peers.turns import MARK, Turns
+from processes import Worker, python_of
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "training.json"
@@ -64,11 +64,11 @@ TRAIN = {"tokens_per_batch": 4096, "learning_rate": 0.001, "warmup_steps": 800, 
          "clip_norm": 1.0}
 VOCABULARY, SEED = 8000, 0
 SECONDS = 10.0                                   # of a turn of JoeyNMT
-# environment → what must be there, what pip needs besides
-PEERS = {"transformers": (["transformers==5.23.0"], ["numpy"]),
-         "joeynmt": (["joeynmt==2.3.0", "sentencepiece==0.2.0"],
+PYTORCH = f"torch=={torch.__version__.split('+')[0]}"
+PEERS = {"transformers": ([PYTORCH, "transformers==5.23.0"], ["numpy"], []), # environment → see `python_of`
+         "joeynmt": ([PYTORCH, "sentencepiece==0.2.0"],
                      ["sacrebleu", "datasets", "subword-nmt", "sacremoses", "tensorboard", "pyyaml", "matplotlib",
-                      "seaborn", "packaging", "portalocker", "importlib_metadata"])}
+                      "seaborn", "packaging", "portalocker", "importlib_metadata"], ["joeynmt==2.3.0"])}
 ENGINES = { # name → who runs it, and how
     "ours": ("ours", []), "ours unpacked": ("ours", ["--train.packing", "false"]),
     "ours float32": ("ours", ["--train.precision", "float32"]),
@@ -76,7 +76,7 @@ ENGINES = { # name → who runs it, and how
     "marian bf16": ("plain_loop", {"engine": "marian", "bf16": True, "attention": "eager"}),
     "torch": ("plain_loop", {"engine": "torch", "bf16": False, "attention": "sdpa"}),
     "torch bf16": ("plain_loop", {"engine": "torch", "bf16": True, "attention": "sdpa"}),
-    "joeynmt": ("joeynmt_training", {}),
+    "joeynmt": ("joeynmt_training", {"keep": True}), "joeynmt as it is": ("joeynmt_training", {"keep": False}),
 }
 
 
@@ -203,51 +203,6 @@ def profile_ours(run, changes, warm, steps):
 
 # ---- the driver ----
 
-def python_of(name, folder):
-    "The Python of a peer's environment, which is made if it is not there"
-    python = folder.absolute() / name / "bin" / "python"
-    pins, more = PEERS[name]
-    pins = [f"torch=={torch.__version__.split('+')[0]}", *pins]
-    wanted = dict(pin.split("==") for pin in pins)
-    check = (f"from importlib.metadata import version\n"
-             f"assert all(version(name).split('+')[0] == v for name, v in {wanted}.items())")
-    if python.exists() and not subprocess.run([python, "-c", check], capture_output=True).returncode: return python
-    print(f"making an environment for {name} in {python.parent.parent}", flush=True)
-    venv.create(python.parent.parent, with_pip=True)
-    alone = [pin for pin in pins if pin.startswith("joeynmt")]       # it asks for versions that it does not need
-    install = [python, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*install, *(pin for pin in pins if pin not in alone), *more], check=True)
-    if alone: subprocess.run([*install, "--no-deps", *alone], check=True)
-    return python
-
-
-class Worker:
-    "An engine in a process of its own, warm when this returns"
-    def __init__(self, command, threads):
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent),
-                                    "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([str(part) for part in command], env=environment, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=self.errors, text=True)
-        self.warm = self.answer()
-
-    def answer(self):
-        for line in self.process.stdout:
-            if line.startswith(MARK): return json.loads(line)["turn"]
-        self.process.wait()
-        self.errors.seek(0)
-        raise SystemExit(f"{self.process.args[1:]} ended: {self.errors.read()[-3000:]}")
-
-    def turn(self, length): # steps, or seconds if a float
-        print(length, file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.stdout.read()
-        self.process.wait()
-
-
 def prepare(options, work):
     "Our tokenizer, arrays and recipe in `work`, and the first epoch's batches in a file for the peers"
     from flash_transformer.cli import main as command
@@ -284,7 +239,8 @@ def command_of(name, options, work):
     own.mkdir()
     (own / "request.json").write_text(json.dumps(request))
     environment = "joeynmt" if who == "joeynmt_training" else "transformers"
-    return [python_of(environment, options.peers), HERE / "peers" / f"{who}.py", own / "request.json"]
+    python = python_of(options.peers / environment, *PEERS[environment])
+    return [python, HERE / "peers" / f"{who}.py", own / "request.json"]
 
 
 def ceilings():
@@ -312,13 +268,13 @@ def measure(options, work):
     workers = {}
     for name, command in commands.items():
         workers[name] = Worker(command, options.threads)
-        print(f"{name} is warm after {workers[name].warm['seconds']:.0f} s", flush=True)
+        print(f"{name} is warm after {workers[name].facts['seconds']:.0f} s", flush=True)
     result["engines"] = {name: {"turns": []} for name in workers}
     result["ceilings"] = []
     for n in range(options.rounds):
         result["ceilings"].append(ceilings())
         for name, worker in workers.items():
-            turn = worker.turn(SECONDS if name == "joeynmt" else options.steps)
+            turn = worker.ask(SECONDS if ENGINES[name][0] == "joeynmt_training" else options.steps)
             turns = result["engines"][name].setdefault("turns", [])
             turns.append({key: turn.pop(key) for key in ("tokens", "flops", "steps", "seconds")})
             result["engines"][name] |= turn                      # the rest: versions and the like, the last word holds
@@ -330,7 +286,7 @@ def measure(options, work):
         run = work / "profile"
         shutil.copytree(work / "prepared" / "data", run / "data")
         worker = Worker(worker_command("profile", run, [], options), options.threads)
-        result["profile"] = worker.warm
+        result["profile"] = worker.facts
         worker.close()
     return result
 

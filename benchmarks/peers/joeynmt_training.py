@@ -78,7 +78,7 @@ class OwnFigures(logging.Handler):
 
 def main():
     r = json.loads(Path(sys.argv[1]).read_text())
-    keep_memory()
+    if r["keep"]: keep_memory()
     torch.set_num_threads(r["threads"])
     work = Path(r["work"])
     work.mkdir(parents=True, exist_ok=True)

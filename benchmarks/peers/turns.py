@@ -10,7 +10,7 @@ import json
 import sys
 import time
 
-MARK = '{"turn": '                           # how a line begins that is meant for the driver; the rest is talk
+MARK = '{"answer": '                         # how a line begins that is meant for the driver; the rest is talk
 AGAIN = 2
 
 
