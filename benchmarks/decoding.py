@@ -18,8 +18,8 @@ may differ (ties, and sentences cut off). With a beam they need not: both divide
 ((5 + length) / 6) ** α; the length penalty is 1 for all of them, and BLEU is shown.
 
 Every peer gets the setting that is best for it, found first: type, sentences (or tokens) at once, threads on one batch
-or each on its own, and whether glibc keeps freed memory, as `flash-transformer train` has it. "ctranslate2" is the
-fastest type, "ctranslate2 float32" the fastest with this type.
+or each on its own, and whether glibc keeps freed memory, as `flash-transformer train` has it; half of the sentences
+decide. "ctranslate2" is the fastest type, "ctranslate2 float32" the fastest with this type.
 
 Every engine is a process of its own, which sleeps until it is asked; all are asked in turn, round after round, after
 one round that is not counted. Peers live in environments that this script makes once, in --peers; pip's environment
@@ -93,9 +93,11 @@ class Engine:
     def close(self):
         for worker in self.workers.values(): worker.close()
 
-    def seconds(self, job, setting, tries=2):
+    def seconds(self, job, setting):
+        "Of the first half of the sentences, the better of two tries"
         self.ask(job | {"sentences": min(32, job["sentences"])}, setting)   # loads the model
-        return min(self.ask(job, setting)["seconds"] for _ in range(tries))
+        job = job | {"sentences": -(-job["sentences"] // 2)}
+        return min(self.ask(job, setting)["seconds"] for _ in range(2))
 
 
 def choices(who, types, job, threads):
@@ -116,7 +118,7 @@ def tune(engine, who, types, job, name, log):
             seconds = engine.seconds(job, start | change)
             log.append({"engine": name, "work": job["work"], **start, **change, "seconds": seconds})
             if seconds < least: best, least = start | change, seconds
-    print(f"{job['work']}: {name} is fastest with {best}, {job['sentences'] / least:.1f} sentences/s", flush=True)
+    print(f"{job['work']}: {name} is fastest with {best}", flush=True)
     return best
 
 
@@ -151,7 +153,7 @@ def engines_of(options, work, asked):
 
 
 def measure(options, work):
-    "Everything, as it is written to the file"
+    "Everything, written to the file work by work"
     torch.set_num_threads(options.threads)
     texts, references = read(options)
     translator = Translator.from_run(options.run)
@@ -180,8 +182,9 @@ def measure(options, work):
         result["works"][name] = rounds(engines, contestants, job, options.rounds)
         for engine in result["works"][name].values():
             judge(engine, job, tokenizers, references)
+        result["ratios"] = ratios(result["works"])
+        options.out.write_text(json.dumps(result, indent=1) + "\n")        # so that an end before the end costs less
     for engine in engines.values(): engine.close()
-    result["ratios"] = ratios(result["works"])
     return result
 
 
@@ -355,7 +358,6 @@ def main():
     options = parser.parse_args()
     if options.run and options.test:
         with tempfile.TemporaryDirectory() as work: result = measure(options, Path(work))
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
         print("\n".join(table(result)), f"\nwritten to {options.out}")
     elif not options.plot: parser.error("give a run folder and --test, or --plot alone")
     if options.plot: draw(json.loads(options.out.read_text()), options.plot)
