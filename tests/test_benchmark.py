@@ -187,7 +187,7 @@ def test_training_loops_take_turns():
             "while True:\n    n += 1; time.sleep(0.01); turns.done(n, 10 * n)")
     done = subprocess.run([sys.executable, "-c", loop, SCRIPTS], input="4\n0.1\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    warm, steps, seconds = (json.loads(line)["turn"] for line in done.stdout.splitlines())
+    warm, steps, seconds = (json.loads(line)["answer"] for line in done.stdout.splitlines())
     assert (warm["steps"], warm["tokens"], warm["flops"], warm["last"]) == (3, 1 + 2 + 3, 60, 3)
     assert (steps["steps"], steps["tokens"], steps["last"]) == (4, 6 + 7 + 8 + 9, 9)
     assert seconds["seconds"] >= 0.1 and seconds["tokens"] == sum(range(12, seconds["last"] + 1))
@@ -202,7 +202,7 @@ def test_where_a_step_goes(tmp_path):
     command = [sys.executable, SCRIPTS / "training.py", "--work", tmp_path / "run", "--warm", "1", "--steps", "2"]
     done = subprocess.run([*command, "--worker", "profile", "--changes", "[]"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])["turn"]
+    found = json.loads(done.stdout.splitlines()[-1])["answer"]
     assert abs(sum(found["per_cent"].values()) - 100) < 1, found["per_cent"]
     few = {part for part, share in found["per_cent"].items() if share <= 0}
     assert not few, f"no time at all for {few}: have modules changed their names?"
@@ -210,6 +210,6 @@ def test_where_a_step_goes(tmp_path):
     done = subprocess.run([*command, "--worker", "serve", "--changes", changes], input="3\n", capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    warm, turn = (json.loads(line)["turn"] for line in done.stdout.splitlines() if line.startswith('{"turn"'))
+    warm, turn = (json.loads(line)["answer"] for line in done.stdout.splitlines() if line.startswith('{"answer"'))
     assert warm["steps"] == 1 and turn["steps"] == 3 and turn["precision"] == "float32"
     assert turn["tokens"] > 0 and turn["flops"] > 6 * turn["tokens"] * 64 * 500
