@@ -6,13 +6,18 @@ import tempfile
 import venv
 from pathlib import Path
 
+from peers.turns import MARK
+
 HERE = Path(__file__).parent
-MARK = '{"answer": '                             # how a line begins that is meant for us, see peers and peers_decoding
 
 
-def python_of(folder, pins, more=(), alone=()): # environment; package==version; other packages; pins to be installed
-    """The Python of a peer's environment, which is made if it is not there. Without its dependencies goes in what is
-    `alone`, since it asks for versions that it does not need"""
+def python_of(
+    folder,   # of the environment
+    pins,     # what must be there, package==version
+    more=(),  # other packages, of any version
+    alone=(), # like pins, but installed without what they ask for
+):
+    "The Python of a peer's environment, which is made if it is not there"
     python, pins = folder.absolute() / "bin" / "python", [*pins, *alone]
     wanted = dict(pin.split("==") for pin in pins)
     check = (f"from importlib.metadata import version\n"

@@ -34,7 +34,8 @@ def train(checkout, run, seed, options):
     for name, prefix in data.items(): fresh += [f"--data.{name}", os.path.abspath(prefix)]
     how = ["--resume"] if (run / "checkpoints").exists() else fresh
     length = ["--train.max_steps", options.steps, "--train.max_epochs", "null"]
-    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(options.threads // options.jobs)}
+    threads = max(1, options.threads // options.jobs)
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
     print(f"training {run.name}", flush=True)
     with open(options.work / f"{run.name}.log", "a") as log:
         subprocess.run([*map(str, COMMAND), "train", "--run", run.absolute(), *map(str, how), *map(str, length)],
