@@ -7,6 +7,7 @@ __all__ = ['DecodeConfig', 'Translator', 'Evaluation', 'score', 'evaluate']
 
 # %% ../../nbs/5_translation/02_translator.ipynb #ecec622b
 import json
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,24 +70,22 @@ def _workers(device): return min(torch.get_num_threads(), WORKERS) if device.typ
 
 def _work(work, batches, device, few): # → work(batch) of each, in order; few: no batch has more than a few rows
     threads, workers = torch.get_num_threads(), min(_workers(device), len(batches))
-    share = 1 if few else threads // workers
-    if workers == 1:
-        if few: torch.set_num_threads(1)
-        try: yield from map(work, batches)
-        finally: torch.set_num_threads(threads)
-        return
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
-    try: yield from pool.map(work, batches)
+    share = min(threads // workers, 2) if few else threads // workers
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) if workers > 1 else None
+    torch.set_num_threads(share)
+    try: yield from (pool.map if pool else map)(work, batches)
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool: pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
 def _plan(lengths, tokens_per_batch, workers): # → numbers of the sentences of each batch, longest first
-    longest, total = int(lengths.max()), int(lengths.sum())
-    count = -(-total // (tokens_per_batch * workers)) * workers          # the same number of batches for each worker
-    budget = max(min(tokens_per_batch, total // count + longest), longest)
-    return plan_batches(lengths, lengths, budget, shuffle=False)[::-1]
+    def batches(budget): return plan_batches(lengths, lengths, budget, shuffle=False)[::-1]
+    longest = int(lengths.max())
+    most = max(tokens_per_batch, longest)
+    count = -(-len(batches(most)) // workers) * workers                  # the same number of batches for each worker,
+    budgets = range(longest, most)                                       # and as even as they can be
+    return batches(longest + bisect_left(budgets, True, key=lambda budget: len(batches(budget)) <= count))
 
 # %% ../../nbs/5_translation/02_translator.ipynb #c8ded2bd
 LONGEST = 4096 # tokens of a source
