@@ -17,9 +17,9 @@ Before anything is timed, CTranslate2 and m2m100 must write our translations, gr
 may differ (ties, and sentences cut off). With a beam they need not: both divide by the length where we divide by
 ((5 + length) / 6) ** α; the length penalty is 1 for all of them, and BLEU is shown.
 
-Every peer gets the setting that is best for it, found first: type, sentences (or tokens) at once, threads on one batch
-or each on its own, and whether glibc keeps freed memory, as `flash-transformer train` has it; half of the sentences
-decide. "ctranslate2" is the fastest type, "ctranslate2 float32" the fastest with this type.
+Every engine gets the setting that is best for it, found first: sentences (or tokens) at once, and a peer also its type,
+threads on one batch or each on its own, and whether glibc keeps freed memory, as `flash-transformer train` has it; half
+of the sentences decide. "ctranslate2" is the fastest type, "ctranslate2 float32" the fastest with this type.
 
 Every engine is a process of its own, which sleeps until it is asked; all are asked in turn, round after round, after
 one round that is not counted. Peers live in environments that this script makes once, in --peers; pip's environment
@@ -70,7 +70,8 @@ def serve_ours():
     translator, texts = Translator.from_run(asked["run"]), asked["texts"]
 
     def run(job, numbers):
-        return translator.translate([texts[i] for i in numbers], beam=job["beam"], precision=job["type"])
+        length = {"tokens_per_batch": job["batch"]} if "batch" in job else {}
+        return translator.translate([texts[i] for i in numbers], beam=job["beam"], precision=job["type"], **length)
     serve({"versions": {"torch": torch.__version__}, "types": OURS}, run)
 
 
@@ -101,7 +102,10 @@ class Engine:
 
 
 def choices(who, types, job, threads):
-    "What is tried for a peer, one thing after another: alternatives for some of the settings"
+    "What is tried for an engine, one thing after another: alternatives for some of the settings"
+    if who == "ours":
+        yield [{"type": types[0]} | ({} if job["single"] else {"batch": tokens}) for tokens in (8192, 4096, 16384)]
+        return
     if who == "ctranslate2": across, batches = [{"spread": False}, {"spread": True}], (32, 128, 256, -1024, -4096)
     else: across, batches = [{"threads": threads}] + [{"threads": 1}] * job["single"], (32, 128)
     yield [{"type": kind, "batch": 64} | a for kind, a in itertools.product(types, across)]
@@ -110,7 +114,7 @@ def choices(who, types, job, threads):
 
 
 def tune(engine, who, types, job, name, log):
-    "The fastest setting of a peer for a job; `log` takes all that were tried"
+    "The fastest setting of an engine for a job; `log` takes all that were tried"
     best, least = {"keep": True}, float("inf")
     for changes in choices(who, types, job, engine.threads):
         start = best
@@ -175,9 +179,8 @@ def measure(options, work):
     for engine in engines.values(): result["machine"] |= engine.versions
     agree(engines, tokenizers, greedy, result["differ_greedy_float32"])
     for name, job in jobs.items():
-        contestants = {f"ours {kind}": ("ours", {"type": kind}) for kind in engines["ours"].types}
-        for peer, who, types in peers(engines):
-            contestants[peer] = who, tune(engines[who], who, types, job, peer, result["tried"])
+        contestants = {entry: (who, tune(engines[who], who, types, job, entry, result["tried"]))
+                       for entry, who, types in entries(engines)}
         if contestants["ctranslate2"] == contestants["ctranslate2 float32"]: del contestants["ctranslate2 float32"]
         result["works"][name] = rounds(engines, contestants, job, options.rounds)
         for engine in result["works"][name].values():
@@ -188,8 +191,9 @@ def measure(options, work):
     return result
 
 
-def peers(engines):
-    "Peers as they are compared: name, who runs it, types to choose from"
+def entries(engines):
+    "Engines as they are compared: name, who runs it, types to choose from"
+    for kind in engines["ours"].types: yield f"ours {kind}", "ours", [kind]
     yield "ctranslate2", "ctranslate2", engines["ctranslate2"].types
     yield "ctranslate2 float32", "ctranslate2", ["float32"]
     for model in ("m2m100", "marian"):

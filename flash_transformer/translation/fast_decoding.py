@@ -35,7 +35,7 @@ def decoding_precision(
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #90ed7d50
 class _Linear:
-    "x W + b, then perhaps a ReLU"
+    "x W + b; then perhaps a ReLU, or onto what is there"
     def __init__(self, weight, bias, dtype, int8): # (out, in), (out,) or None, how to compute, 8 bits a weight?
         weight, self.int8, self.packed, here = weight.detach(), None, False, weight.device.type == "cpu"
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -50,12 +50,16 @@ class _Linear:
             try: self.weight, self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None), True
             except (AttributeError, RuntimeError): pass    # another build of PyTorch: the plain product serves
 
-    def __call__(self, x, then="none"): # (rows, in) → (rows, out)
+    def __call__(self, x, then="none", onto=None): # (rows, in), (rows, out) or None → (rows, out)
         if self.int8 and x.shape[0] <= FEW:
             y = torch._weight_int8pack_mm(x, *self.int8)
             if self.bias is not None: y += self.bias
-        elif self.packed: return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, then, [], "")
+        elif self.packed:
+            linear = torch.ops.mkldnn._linear_pointwise
+            if onto is None: return linear.default(x, self.weight, self.bias, then, [], "")
+            return linear.binary(x, onto, self.weight, self.bias, "add")
         else: y = x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        if onto is not None: y += onto
         return y.relu_() if then == "relu" else y
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #84378c25
@@ -71,7 +75,7 @@ class _Layer:
             self.cross_out = _Linear(cross.out_proj.weight, cross.out_proj.bias, *how)
         self.norms = [_norm(residual.norm, how[0]) for residual in block.residuals]
 
-    def feed_forward(self, x): return self.down(self.up(x, "relu"))
+    def feed_forward(self, x, y): return self.down(self.up(y, "relu"), onto=x)       # x + what it makes of y
 
 
 def _norm(norm, dtype): # what `layer_norm` takes behind x
@@ -100,7 +104,8 @@ class FastTransformer:
         self.memory = _Linear(weight, bias, dtype, int8)            # keys and values of the source, for all layers
         self.blocks = -(-self.vocabulary // (128 * BLOCK)) * 128    # of the vocabulary; 128, for wide registers
         padding = -self.vocabulary % self.blocks
-        self.output = _Linear(F.pad(model.output.weight, (0, 0, 0, padding)), None, dtype, int8)
+        no_word = F.pad(weight.new_zeros(self.vocabulary), (0, padding), value=-torch.inf)
+        self.output = _Linear(F.pad(model.output.weight, (0, 0, 0, padding)), no_word, dtype, int8)
         self.positions = self.tables[0].new_empty(0, c.d_model)
 
     def embed(self, words, side, first): # (…, length) from position `first` on → (…, length, d_model)
@@ -108,11 +113,18 @@ class FastTransformer:
         if end > len(table): table = self.positions = sinusoidal_positions(2 * end, table.shape[1]).to(table)
         return F.embedding(words, self.tables[side]) + table[first:end]
 
-    def residual(self, x, norm, sublayer, *others): # as in `Residual`
-        if self.pre: return x.add_(sublayer(torch.layer_norm(x, *norm), *others))
-        return torch.layer_norm(x.add_(sublayer(x, *others)), *norm)
+    def residual(self, x, norm, sublayer, *others): # as in `Residual`; here it is the sublayer that adds
+        if self.pre: return sublayer(x, torch.layer_norm(x, *norm), *others)
+        return torch.layer_norm(sublayer(x, x, *others), *norm)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #a8428e19
+ROWS = 32                                                                     # whose logits fit into a core's cache
+
+def _sweep(logits, dtype, blocks): # (rows, v) → maxima of blocks, (rows, blocks); ln Σ exp, (rows,)
+    exact = logits.to(dtype, copy=True)
+    return exact.view(len(logits), -1, blocks).amax(1), exact.exp_().sum(1).log()
+
+
 def _best_words(
     logits: Tensor, # (batch·beam, v), v a multiple of blocks
     alive: Tensor,  # log-probability of each beginning, (batch, beam)
@@ -121,19 +133,16 @@ def _best_words(
 ) -> tuple[Tensor, Tensor, Tensor]: # log-probabilities, beginnings, words: (batch, k), best first
     "The likeliest continuations of each sentence's beginnings; which of equal ones is left open"
     batch, beam = alive.shape
-    exact = logits.to(alive.dtype)
-    best = exact.view(len(logits), -1, blocks).amax(1)                                                # (b beam) blocks
-    largest = best.amax(1, keepdim=True)
-    if largest.abs().max() > 60:                                          # exp() could leave the range of float32
-        logits, best = exact - largest, best - largest
-        exact = logits
-    log_z = (exact.exp() if exact is logits else exact.exp_()).sum(1).log()                           # (b beam)
+    best, log_z = (torch.cat(x) for x in zip(*(_sweep(rows, alive.dtype, blocks) for rows in logits.split(ROWS))))
+    largest = best.amax(1, keepdim=True)                                                              # (b beam) 1
+    if largest.abs().max() > 60:                                          # exp() could have left the range of float32
+        return _best_words(logits.to(alive.dtype) - largest, alive, blocks, k)
     before = alive - log_z.view(batch, beam)
     block = (best.view(batch, beam, -1) + before[:, :, None]).flatten(1).topk(k).indices              # b k
     beginning, first = block // blocks, block % blocks
     word = first[:, :, None] + torch.arange(0, logits.shape[1], blocks, device=block.device)          # b k width
-    index = (beginning[:, :, None] * logits.shape[1] + word).flatten(1)
-    total = logits.view(batch, -1).gather(1, index).to(alive.dtype).view(word.shape)
+    row = beginning + torch.arange(0, batch * beam, beam, device=block.device)[:, None]               # b k
+    total = logits.take(row[:, :, None] * logits.shape[1] + word).to(alive.dtype)                     # b k width
     total, at = (total + before.gather(1, beginning)[:, :, None]).flatten(1).topk(k)                  # b k
     return total, beginning.gather(1, at // word.shape[2]), word.flatten(1).gather(1, at)
 
@@ -162,7 +171,7 @@ class Notes:
         self.sight = self.sight.flatten(0, 2).index_select(0, rows).view(self.sight.shape)
 
     def make_room(self,
-        steps: int = 8,    # for so many more, at least
+        steps: int = 4,    # for so many more, at least
     ):
         "Throw out what no beginning has any more, and make room"
         layers, two, batch, room, d = self.words.shape
@@ -181,27 +190,29 @@ def _by_head(x, heads): # (…, n, d_model) → (…, heads, n, head_dim)
     return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)
 
 
-def _attend(q, kv, add, shape): # (batch, heads, n, head_dim), keys and values, to add to scores → (batch·n, d_model)
-    return F.scaled_dot_product_attention(q, kv[0], kv[1], add).transpose(1, 2).reshape(shape)
+def _attend(q, kv, add, shape): # q, k, v: (batch, heads, n, head_dim); add: to scores → (batch·n, d_model)
+    k, v = kv
+    if 1 < q.shape[2] <= SIXTEEN and k.is_contiguous() and k.device.type == "cpu": # few queries: products are faster
+        mixed = (q @ k.transpose(2, 3)).mul_(q.shape[3] ** -0.5).add_(add).softmax(3) @ v
+    else: mixed = F.scaled_dot_product_attention(q, k, v, add)
+    return mixed.transpose(1, 2).reshape(shape)
 
 
-def _encoder_attention(x, layer, heads, padding): # x: (batch·n, d_model)
-    q, *kv = _by_head(layer.qkv(x).view(len(padding), -1, 3, x.shape[1]).permute(2, 0, 1, 3), heads)
-    return layer.out(_attend(q, kv, padding, x.shape))
+def _encoder_attention(x, y, layer, heads, padding): # x, y: (batch·n, d_model) → x + attention of y
+    q, *kv = _by_head(layer.qkv(y).view(len(padding), -1, 3, y.shape[1]).permute(2, 0, 1, 3), heads)
+    return layer.out(_attend(q, kv, padding, y.shape), onto=x)
 
 
-def _self_attention(x, layer, heads, words, sight, first): # words: of this layer, (2, batch, room, d_model)
-    batch, _, beam, used = sight.shape
-    qkv = layer.qkv(x).view(batch, beam, 3, -1)
-    words[:, :, first:first + beam] = qkv[:, :, 1:].permute(2, 0, 1, 3)                               # kept
-    q, kv = _by_head(qkv[:, :, 0], heads), _by_head(words[:, :, :used], heads)                        # b h n d
-    return layer.out(_attend(q, kv, sight, x.shape))
+def _self_attention(x, y, layer, heads, new, kv, sight): # new: where their own go, (batch, beam, 2, d_model)
+    batch, beam, _, d = new.shape
+    qkv = layer.qkv(y).view(batch, beam, 3, d)
+    new.copy_(qkv[:, :, 1:])
+    return layer.out(_attend(_by_head(qkv[:, :, 0], heads), kv, sight, y.shape), onto=x)              # q: b h n d
 
 
-def _cross_attention(x, layer, memory, padding): # memory: (2, batch, heads, source length, head_dim)
-    _, batch, heads, _, head_dim = memory.shape
-    q = layer.query(x).view(batch, -1, heads, head_dim).transpose(1, 2)                               # b h n d
-    return layer.cross_out(_attend(q, memory, padding, x.shape))
+def _cross_attention(x, y, layer, heads, kv, padding):
+    q = _by_head(layer.query(y).view(len(padding), -1, y.shape[1]), heads)                            # b h n d
+    return layer.cross_out(_attend(q, kv, padding, y.shape), onto=x)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #b25c9d4b
 def _read(self, source, source_lengths, beam): # → `Notes`
@@ -215,7 +226,8 @@ def _read(self, source, source_lengths, beam): # → `Notes`
         x = self.residual(x, layer.norms[1], layer.feed_forward)
     if self.pre: x = torch.layer_norm(x, *self.norms[0])
     memory = self.memory(x).view(batch, length, layers, 2, -1).permute(2, 3, 0, 1, 4)                 # l 2 b s d
-    return Notes(_by_head(memory, self.heads).contiguous(), padding,
+    longest = int(source_lengths.max())
+    return Notes(_by_head(memory[:, :, :, :longest], self.heads).contiguous(), padding[..., :longest],
                  words=x.new_empty(layers, 2, batch, 0, x.shape[1]), sight=x.new_empty(batch, 1, beam, 0))
 
 
@@ -228,15 +240,15 @@ def _write(self, words, notes): # the last word of each beginning, (batch·beam,
     notes.sight[..., first:last].diagonal(dim1=2, dim2=3).zero_()      # of the new entries, beginning i sees the i-th
     sight = notes.sight[..., :-(-last // SIXTEEN) * SIXTEEN]
     x = self.embed(words[:, None], 1, notes.step)[:, 0]                                               # (b beam) d
-    for layer, own, memory in zip(self.decoder, notes.words, notes.memory):
-        x = self.residual(x, layer.norms[0], _self_attention, layer, self.heads, own, sight, first)
-        x = self.residual(x, layer.norms[1], _cross_attention, layer, memory, notes.padding)
+    new = notes.words[:, :, :, first:last].permute(0, 2, 3, 1, 4)                                     # l b beam 2 d
+    own = _by_head(notes.words[:, :, :, :sight.shape[3]], self.heads)                                 # l 2 b h n d
+    for layer, *kept in zip(self.decoder, new.unbind(), own.unbind(), notes.memory.unbind()):
+        x = self.residual(x, layer.norms[0], _self_attention, layer, self.heads, *kept[:2], sight)
+        x = self.residual(x, layer.norms[1], _cross_attention, layer, self.heads, kept[2], notes.padding)
         x = self.residual(x, layer.norms[2], layer.feed_forward)
     if self.pre: x = torch.layer_norm(x, *self.norms[1])
     notes.filled, notes.step = last, notes.step + 1
-    logits = self.output(x)                                                                           # (b beam) v
-    logits[:, self.vocabulary:] = -torch.inf                                                          # no words
-    return logits
+    return self.output(x)                                                                             # (b beam) v
 
 
 FastTransformer.write = _write
