@@ -3,15 +3,18 @@ import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import sacrebleu
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from untrained import Leaning, sources, wild
 
-from flash_transformer.data import BOS, EOS, TokenizerPair, load_corpus, toy_corpus
+from flash_transformer.data import BOS, EOS, TokenizerPair, load_corpus, plan_batches, toy_corpus
 from flash_transformer.model import Transformer, TransformerConfig, save_weights
 from flash_transformer.translation import (
     DecodeConfig,
@@ -22,6 +25,7 @@ from flash_transformer.translation import (
     greedy_search,
     score,
 )
+from flash_transformer.translation.translator import _plan
 
 # ---- search ----
 
@@ -139,6 +143,18 @@ def test_one_and_many_and_none(translator, sentences):
     assert translator.translate([]) == [] and translator.translate("") == "" and translator.translate(" \t\n") == ""
     assert translator.translate(["", "  "]) == ["", ""]
     assert translator.translate(tuple(sentences[:2]))[0] == one
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 300), st.integers(1, 4))
+def test_batches_are_as_many_for_each_worker_and_even(lengths, tokens, workers):
+    plan, lengths = _plan(np.array(lengths), tokens, workers), np.array(lengths)
+    assert sorted(np.concatenate(plan).tolist()) == list(range(len(lengths)))
+    most, largest = max(tokens, lengths.max()), max(len(batch) * lengths[batch].max() for batch in plan)
+    def count(budget): return len(plan_batches(lengths, lengths, int(budget), shuffle=False))
+    allowed = -(-count(most) // workers) * workers
+    assert largest <= most and len(plan) <= allowed
+    assert all(count(smaller) > allowed for smaller in range(lengths.max(), largest))   # as many, but smaller: no
 
 
 @pytest.mark.parametrize("beam", [1, 3])
