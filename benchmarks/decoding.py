@@ -104,7 +104,8 @@ class Engine:
 def choices(who, types, job, threads):
     "What is tried for an engine, one thing after another: alternatives for some of the settings"
     if who == "ours":
-        yield [{"type": types[0]} | ({} if job["single"] else {"batch": tokens}) for tokens in (8192, 4096, 16384)]
+        sizes = [{}] if job["single"] else [{"batch": tokens} for tokens in (32768, 16384, 8192)]
+        yield [{"type": types[0]} | size for size in sizes]
         return
     if who == "ctranslate2": across, batches = [{"spread": False}, {"spread": True}], (32, 128, 256, -1024, -4096)
     else: across, batches = [{"threads": threads}] + [{"threads": 1}] * job["single"], (32, 128)

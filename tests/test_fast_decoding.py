@@ -58,9 +58,9 @@ def test_flat_and_sharp_models(dtype, tolerance, std):
         check(model, *sources(seed, [5, 2, 11, 7], 60), 3, 0.6, 12, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("batch", [1, 3, 64, 200])
 def test_batches(batch):
-    "A large one is made smaller again and again while sentences end; each sentence is translated as if alone"
+    "One larger than the encoder reads at once, made smaller again and again while sentences end; as if each were alone"
     model, rng = wild(4, 50, lean=1.5), random.Random(batch)
     source, lengths = sources(5, [rng.randint(1, 30) for _ in range(batch)], 50)
     check(model, source, lengths, 3, 1.0, 15)
@@ -82,6 +82,15 @@ def test_sentences_leave(monkeypatch):
     assert fast_beam_search(fast, source, lengths, 2, 1.0, 30) == smaller and sum(rows) > least
 
 
+@pytest.mark.parametrize("size", [12, 300])
+def test_a_wide_beam(size):
+    "More continuations are wanted than blocks that one beginning has"
+    model, width = wild(6, size, lean=1.5), 70
+    fast = FastTransformer(model, torch.float64)
+    assert 2 * width > fast.blocks
+    check(model, *sources(6, [4, 9, 2], size), width, 0.6, 6, fast)
+
+
 @pytest.mark.parametrize("extra", [1, 4])
 def test_limits(extra):
     "A model that never ends is cut off at its sentence's own limit; one that ends at once says nothing"
@@ -101,6 +110,9 @@ def test_nothing_to_do_and_what_cannot_be():
     assert fast_greedy_search(fast, *nothing) == [] and fast_beam_search(fast, *nothing) == []
     with pytest.raises(ValueError, match="at least 1 beginning, not 0"):
         fast_beam_search(fast, *sources(0, [2]), beam=0)
+    for search in fast_greedy_search, fast_beam_search:
+        with pytest.raises(ValueError, match="sentence 1 has no words"):
+            search(fast, torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 0]))
 
 
 def test_a_long_text():
@@ -170,9 +182,10 @@ def test_logits_in_every_precision(dtype, int8, bound):
             found = fast.write(words[:, -1], notes)[:, :300].double()
             right = model(source.repeat_interleave(beam, 0), lengths.repeat_interleave(beam), words)[:, -1]
             assert (found - right).std() / right.std() < bound
-            rows = torch.randint(beam, (3, beam), generator=g) + torch.arange(3)[:, None] * beam
-            notes.follow(rows.flatten())
-            words = torch.cat([words[rows.flatten()], torch.randint(4, 300, (6, 1), generator=g)], dim=1)
+            parent = torch.randint(beam, (3, beam), generator=g)
+            notes.follow(parent)
+            rows = (parent + torch.arange(3)[:, None] * beam).flatten()
+            words = torch.cat([words[rows], torch.randint(4, 300, (6, 1), generator=g)], dim=1)
         assert notes.words.shape[3] < 20 * beam + 16                     # what nobody has was thrown out
 
 

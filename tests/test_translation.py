@@ -2,6 +2,7 @@
 import itertools
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -165,10 +166,23 @@ def test_order_is_kept_whatever_the_batches(translator, sentences, beam):
     for budget in 1, 60, 10**6: assert translator.translate(texts, beam=beam, tokens_per_batch=budget) == alone
 
 
+def test_threads_after_an_error(translator, sentences, monkeypatch):
+    "Two workers with a thread each; what fails between the batches leaves the caller its threads"
+    monkeypatch.setattr(type(translator.tokenizers), "decode_target", lambda *_: 1 / 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for texts in sentences[:1], [sentences[0]] * 130:
+            with pytest.raises(ZeroDivisionError): translator.translate(texts, beam=1, tokens_per_batch=1)
+            assert torch.get_num_threads() == 2
+            assert not [t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    finally: torch.set_num_threads(threads)
+
+
 def test_changes_are_for_once(translator, sentences):
     before = vars(translator.config).copy()
     translator.translate(sentences[0], beam=1, extra_length=1)
-    assert vars(translator.config) == before == dict(beam=2, length_penalty=0.6, extra_length=5, tokens_per_batch=8192,
+    assert vars(translator.config) == before == dict(beam=2, length_penalty=0.6, extra_length=5, tokens_per_batch=32768,
                                                       precision="auto")
     with pytest.raises(ValueError, match="decode.beam"): translator.translate("a", beam=0)
     with pytest.raises(TypeError, match="beem"): translator.translate("a", beem=3)

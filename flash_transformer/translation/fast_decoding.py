@@ -35,7 +35,7 @@ def decoding_precision(
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #90ed7d50
 class _Linear:
-    "x W + b; then perhaps a ReLU, or onto what is there"
+    "x W + b; then perhaps a ReLU; or added to `onto`"
     def __init__(self, weight, bias, dtype, int8): # (out, in), (out,) or None, how to compute, 8 bits a weight?
         weight, self.int8, self.packed, here = weight.detach(), None, False, weight.device.type == "cpu"
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -82,7 +82,7 @@ def _norm(norm, dtype): # what `layer_norm` takes behind x
     return norm.normalized_shape, norm.weight.detach().to(dtype), norm.bias.detach().to(dtype), norm.eps
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #a6c4a67e
-BLOCK, SIXTEEN = 64, 16 # words of the vocabulary looked at together, at most; keys come in multiples of this
+BLOCK, SIXTEEN = 64, 16 # words of the vocabulary looked at together, at most; keys of what is written come in multiples
 
 class FastTransformer:
     "The weights of a `Transformer`, copied and laid out for decoding; what the model learns later does not reach it"
@@ -104,7 +104,7 @@ class FastTransformer:
         self.memory = _Linear(weight, bias, dtype, int8)            # keys and values of the source, for all layers
         self.blocks = -(-self.vocabulary // (128 * BLOCK)) * 128    # of the vocabulary; 128, for wide registers
         padding = -self.vocabulary % self.blocks
-        no_word = F.pad(weight.new_zeros(self.vocabulary), (0, padding), value=-torch.inf)
+        no_word = F.pad(weight.new_zeros(self.vocabulary), (0, padding), value=-torch.inf) # what fills up never wins
         self.output = _Linear(F.pad(model.output.weight, (0, 0, 0, padding)), no_word, dtype, int8)
         self.positions = self.tables[0].new_empty(0, c.d_model)
 
@@ -118,11 +118,11 @@ class FastTransformer:
         return torch.layer_norm(sublayer(x, x, *others), *norm)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #a8428e19
-ROWS = 32                                                                     # whose logits fit into a core's cache
+CACHED = 2 ** 18 # logits that fit into a core's cache, in float32
 
-def _sweep(logits, dtype, blocks): # (rows, v) → maxima of blocks, (rows, blocks); ln Σ exp, (rows,)
-    exact = logits.to(dtype, copy=True)
-    return exact.view(len(logits), -1, blocks).amax(1), exact.exp_().sum(1).log()
+def _sweep(logits, exact, blocks): # (rows, v) → maxima of blocks, (rows, blocks); Σ exp, (rows,); exact: room for it
+    exact = exact[:len(logits)].copy_(logits)
+    return exact.view(len(logits), -1, blocks).amax(1), exact.exp_().sum(1)
 
 
 def _best_words(
@@ -132,17 +132,19 @@ def _best_words(
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]: # log-probabilities, beginnings, words: (batch, k), best first
     "The likeliest continuations of each sentence's beginnings; which of equal ones is left open"
-    batch, beam = alive.shape
-    best, log_z = (torch.cat(x) for x in zip(*(_sweep(rows, alive.dtype, blocks) for rows in logits.split(ROWS))))
+    (batch, beam), (rows, v) = alive.shape, logits.shape
+    n = min(rows, max(1, CACHED // v)) if logits.device.type == "cpu" else rows
+    exact = alive.new_empty(n, v)
+    best, z = (torch.cat(x) for x in zip(*(_sweep(some, exact, blocks) for some in logits.split(n))))
     largest = best.amax(1, keepdim=True)                                                              # (b beam) 1
     if largest.abs().max() > 60:                                          # exp() could have left the range of float32
         return _best_words(logits.to(alive.dtype) - largest, alive, blocks, k)
-    before = alive - log_z.view(batch, beam)
+    before = alive - z.log().view(batch, beam)
     block = (best.view(batch, beam, -1) + before[:, :, None]).flatten(1).topk(k).indices              # b k
     beginning, first = block // blocks, block % blocks
-    word = first[:, :, None] + torch.arange(0, logits.shape[1], blocks, device=block.device)          # b k width
-    row = beginning + torch.arange(0, batch * beam, beam, device=block.device)[:, None]               # b k
-    total = logits.take(row[:, :, None] * logits.shape[1] + word).to(alive.dtype)                     # b k width
+    word = first[:, :, None] + torch.arange(0, v, blocks, device=block.device)                        # b k width
+    row = beginning + torch.arange(0, rows, beam, device=block.device)[:, None]                       # b k
+    total = logits.take(row[:, :, None] * v + word).to(alive.dtype)                                   # b k width
     total, at = (total + before.gather(1, beginning)[:, :, None]).flatten(1).topk(k)                  # b k
     return total, beginning.gather(1, at // word.shape[2]), word.flatten(1).gather(1, at)
 
@@ -165,10 +167,12 @@ class Notes:
         self.padding, self.sight = (x.index_select(0, sentences) for x in (self.padding, self.sight))
 
     def follow(self,
-        rows: Tensor,      # (batch·beam,): row i goes on from what row rows[i] was
+        parent: Tensor,    # (batch, beam): beginning i of a sentence goes on from what beginning parent[i] was
     ):
         "After a step of beam search: keys and values stay where they are, and who sees them changes"
-        self.sight = self.sight.flatten(0, 2).index_select(0, rows).view(self.sight.shape)
+        batch, _, before, room = self.sight.shape
+        rows = (parent + torch.arange(0, batch * before, before, device=parent.device)[:, None]).flatten()
+        self.sight = self.sight.flatten(0, 2).index_select(0, rows).view(batch, 1, -1, room)
 
     def make_room(self,
         steps: int = 4,    # for so many more, at least
@@ -192,8 +196,8 @@ def _by_head(x, heads): # (…, n, d_model) → (…, heads, n, head_dim)
 
 def _attend(q, kv, add, shape): # q, k, v: (batch, heads, n, head_dim); add: to scores → (batch·n, d_model)
     k, v = kv
-    if 1 < q.shape[2] <= SIXTEEN and k.is_contiguous() and k.device.type == "cpu": # few queries: products are faster
-        mixed = (q @ k.transpose(2, 3)).mul_(q.shape[3] ** -0.5).add_(add).softmax(3) @ v
+    if 1 < q.shape[2] <= SIXTEEN and k.is_contiguous() and k.device.type == "cpu":  # a beam's look at the source
+        mixed = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).add_(add).softmax(3) @ v
     else: mixed = F.scaled_dot_product_attention(q, k, v, add)
     return mixed.transpose(1, 2).reshape(shape)
 
@@ -215,23 +219,39 @@ def _cross_attention(x, y, layer, heads, kv, padding):
     return layer.cross_out(_attend(q, kv, padding, y.shape), onto=x)
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #b25c9d4b
-def _read(self, source, source_lengths, beam): # → `Notes`
-    source = F.pad(source, (0, -source.shape[1] % SIXTEEN), value=PAD)
-    (batch, length), layers = source.shape, len(self.decoder)
-    beyond = torch.arange(length, device=source.device) >= source_lengths[:, None, None, None]        # b 1 1 s
-    padding = torch.zeros(beyond.shape, dtype=self.dtype, device=source.device).masked_fill_(beyond, -torch.inf)
-    x = self.embed(source, 0, 0).flatten(0, 1)                                                        # (b s) d
+EIGHT, TOGETHER = 8, 128       # sources come in multiples of this many words; the encoder reads so many together
+
+def _encode(self, source, source_lengths): # → their keys and values, (layers, 2, batch, heads, length, head_dim)
+    source = F.pad(source, (0, -source.shape[1] % EIGHT), value=PAD)
+    x, (batch, length) = self.embed(source, 0, 0).flatten(0, 1), source.shape                         # (b s) d
+    padding = self.padding(source_lengths, length)
     for layer in self.encoder:
         x = self.residual(x, layer.norms[0], _encoder_attention, layer, self.heads, padding)
         x = self.residual(x, layer.norms[1], layer.feed_forward)
     if self.pre: x = torch.layer_norm(x, *self.norms[0])
-    memory = self.memory(x).view(batch, length, layers, 2, -1).permute(2, 3, 0, 1, 4)                 # l 2 b s d
-    longest = int(source_lengths.max())
-    return Notes(_by_head(memory[:, :, :, :longest], self.heads).contiguous(), padding[..., :longest],
-                 words=x.new_empty(layers, 2, batch, 0, x.shape[1]), sight=x.new_empty(batch, 1, beam, 0))
+    memory = self.memory(x).view(batch, length, len(self.decoder), 2, x.shape[1])
+    return _by_head(memory.permute(2, 3, 0, 1, 4), self.heads)                                        # l 2 b h s d
 
 
-FastTransformer.read = _read
+def _read(self, source, source_lengths, beginnings): # of each sentence → `Notes`
+    lengths, layers, d_model = source_lengths.tolist(), len(self.decoder), self.tables[0].shape[1]
+    if min(lengths) < 1: raise ValueError(f"sentence {lengths.index(min(lengths))} has no words: give it </s> at least")
+    batch, longest = len(source), max(lengths)
+    memory = self.tables[0].new_zeros(layers, 2, batch, self.heads, longest, d_model // self.heads)
+    for start in range(0, batch, TOGETHER):
+        some = slice(start, start + TOGETHER)
+        n = max(lengths[some])
+        memory[:, :, some, :, :n] = self.encode(source[some, :n], source_lengths[some])[..., :n, :]
+    return Notes(memory, self.padding(source_lengths, longest), words=memory.new_empty(layers, 2, batch, 0, d_model),
+                 sight=memory.new_empty(batch, 1, beginnings, 0))
+
+
+def _padding(self, lengths, longest): # (batch,) → to add to scores: −inf at padding, (batch, 1, 1, longest)
+    beyond = torch.arange(longest, device=lengths.device) >= lengths[:, None, None, None]
+    return torch.zeros(beyond.shape, dtype=self.dtype, device=lengths.device).masked_fill_(beyond, -torch.inf)
+
+
+FastTransformer.encode, FastTransformer.read, FastTransformer.padding = _encode, _read, _padding
 
 # %% ../../nbs/5_translation/05_fast_decoding.ipynb #fcd181d3
 def _write(self, words, notes): # the last word of each beginning, (batch·beam,) → logits of the next, (batch·beam, v)
@@ -274,7 +294,7 @@ def fast_greedy_search(
     source_lengths: Tensor, # number of real ids, (batch,)
     extra_length: int = 50, # a translation has at most source length + this many tokens, </s> included
 ) -> list[list[int]]:       # ids of each translation, without <s> and </s>
-    "What `greedy_search` finds"
+    "What `greedy_search` finds; ValueError for a source without words"
     if not len(source): return []
     limit, number = source_lengths + extra_length, torch.arange(len(source), device=source.device)
     limits, notes, word, tape = limit.tolist(), model.read(source, source_lengths, 1), torch.full_like(number, BOS), []
@@ -303,16 +323,17 @@ def fast_beam_search(
     alpha: float = 0.6,      # strength of the length penalty, not negative
     extra_length: int = 50,  # a translation has at most source length + this many tokens, </s> included
 ) -> list[list[Hypothesis]]: # for every sentence up to `beam` translations, at least one, best score first
-    "What `beam_search` finds; ValueError for a beam below 1"
+    "What `beam_search` finds; ValueError for a beam below 1 and for a source without words"
     if beam < 1: raise ValueError(f"a beam keeps at least 1 beginning, not {beam}")
     if not len(source): return []
     batch, device, limit = len(source), source.device, source_lengths + extra_length
-    notes, tape, number = model.read(source, source_lengths, beam), [], torch.arange(batch, device=device)
-    word, done = torch.full((batch, beam), BOS, device=device), torch.zeros_like(number, dtype=torch.bool)
-    alive = torch.full((batch, beam), -torch.inf, device=device,
+    first = -(-2 * beam // model.blocks)           # beginnings of the first step: one, unless the beam is very wide
+    notes, tape, number = model.read(source, source_lengths, first), [], torch.arange(batch, device=device)
+    word, done = torch.full((batch, first), BOS, device=device), torch.zeros_like(number, dtype=torch.bool)
+    alive = torch.full((batch, first), -torch.inf, device=device,
                        dtype=torch.promote_types(model.dtype, torch.float32))
     alive[:, 0] = 0
-    best, last = torch.full_like(alive, -torch.inf), length_penalty(limit.to(alive.dtype), alpha) # of endings
+    best, last = alive.new_full((batch, beam), -torch.inf), length_penalty(limit.to(alive.dtype), alpha) # of endings
     for step in range(1, int(limit.max()) + 1):
         total, parent, word = _best_words(model.write(word.flatten(), notes), alive, model.blocks, 2 * beam)
         ended = (word == EOS) & total.isfinite()                                                      # b 2·beam
@@ -327,7 +348,7 @@ def fast_beam_search(
         done = done | safe | good | (limit[number] <= step)
         left, stay = _still(done)
         if not left: break
-        if beam > 1: notes.follow((parent + torch.arange(len(number), device=device)[:, None] * beam).flatten())
+        if beam > 1: notes.follow(parent)
         word = word.clamp_(max=model.vocabulary - 1)
         if stay is not None:
             notes.keep(stay)

@@ -9,6 +9,7 @@ __all__ = ['DecodeConfig', 'Translator', 'Evaluation', 'score', 'evaluate']
 import json
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,7 +38,7 @@ class DecodeConfig:
     beam: int = 4                # beginnings kept alive; 1 is greedy search
     length_penalty: float = 0.6  # α
     extra_length: int = 50       # a translation has at most source length + this many tokens
-    tokens_per_batch: int = 8192 # sentences × beam × longest source, translated together, at most
+    tokens_per_batch: int = 32768 # sentences × beam × longest source, translated together, at most
     precision: Literal["auto", "float32", "bf16", "fp16", "int8"] = "auto" # see `decoding_precision`
 
     def __post_init__(self):
@@ -63,16 +64,17 @@ def _search(
     return [hypotheses[0].ids for hypotheses in found]
 
 # %% ../../nbs/5_translation/02_translator.ipynb #ddd8d07a
-WORKERS = 4
+WORKERS, ENOUGH = 4, 64 # at most; sentences for each, at least
 
-def _workers(device): return min(torch.get_num_threads(), WORKERS) if device.type == "cpu" else 1
+def _workers(device, sentences):
+    return max(1, min(torch.get_num_threads(), WORKERS, sentences // ENOUGH)) if device.type == "cpu" else 1
 
 
-def _work(work, batches, device, few): # → work(batch) of each, in order; few: no batch has more than a few rows
-    threads, workers = torch.get_num_threads(), min(_workers(device), len(batches))
+def _work(work, batches, workers, few): # → work(batch) of each, in order; few: no batch has more than a few rows
+    threads, workers = torch.get_num_threads(), min(workers, len(batches))
     share = min(threads // workers, 2) if few else threads // workers
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) if workers > 1 else None
-    torch.set_num_threads(share)
+    if not pool: torch.set_num_threads(share)            # this thread is the worker
     try: yield from (pool.map if pool else map)(work, batches)
     finally:
         if pool: pool.shutdown(cancel_futures=True)
@@ -83,8 +85,8 @@ def _plan(lengths, tokens_per_batch, workers): # → numbers of the sentences of
     def batches(budget): return plan_batches(lengths, lengths, budget, shuffle=False)[::-1]
     longest = int(lengths.max())
     most = max(tokens_per_batch, longest)
-    count = -(-len(batches(most)) // workers) * workers                  # the same number of batches for each worker,
-    budgets = range(longest, most)                                       # and as even as they can be
+    count = -(-len(batches(most)) // workers) * workers                  # at most as many batches for each worker, and
+    budgets = range(longest, most)                                       # as even as they can be
     return batches(longest + bisect_left(budgets, True, key=lambda budget: len(batches(budget)) <= count))
 
 # %% ../../nbs/5_translation/02_translator.ipynb #c8ded2bd
@@ -163,13 +165,14 @@ class Translator:
             raise ValueError(f"a text has {lengths.max():,} tokens, more than {LONGEST:,}: split it into sentences; "
                 f"it begins {texts[lines[lengths.argmax()]][:40]!r}")
         device = next(self.model.parameters()).device
-        batches = _plan(lengths, max(config.tokens_per_batch // config.beam, 1), _workers(device))
-        rows = config.beam * max(map(len, batches))
-        fast = self._copy(config.precision)
-        found = _work(lambda batch: _search(fast, [ids[i] for i in batch], config), batches, device, rows <= 16)
-        bar = tqdm(found, desc="translating", unit="batch", total=len(batches), disable=None if progress else True)
-        for batch, translations in zip(batches, bar):
-            for i, text in zip(batch, self.tokenizers.decode_target(translations)): results[lines[i]] = text
+        workers, fast = _workers(device, len(lines)), self._copy(config.precision)
+        batches = _plan(lengths, max(config.tokens_per_batch // config.beam, 1), workers)
+        few = config.beam * max(map(len, batches)) <= 16
+        def search(batch): return _search(fast, [ids[i] for i in batch], config)
+        with closing(_work(search, batches, workers, few)) as found:       # which ends with this block, however it ends
+            bar = tqdm(found, desc="translating", unit="batch", total=len(batches), disable=None if progress else True)
+            for batch, translations in zip(batches, bar):
+                for i, text in zip(batch, self.tokenizers.decode_target(translations)): results[lines[i]] = text
         return results
 
     def attention(self,
