@@ -197,7 +197,10 @@ def _by_head(x, heads): # (…, n, d_model) → (…, heads, n, head_dim)
 def _attend(q, kv, add, shape): # q, k, v: (batch, heads, n, head_dim); add: to scores → (batch·n, d_model)
     k, v = kv
     if 1 < q.shape[2] <= SIXTEEN and k.is_contiguous() and k.device.type == "cpu":  # a beam's look at the source
-        mixed = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).add_(add).softmax(3) @ v
+        (_, heads, n, d), k, v = q.shape, k.flatten(0, 1), v.flatten(0, 1)                            # (b h) s d
+        add = add.expand(-1, heads, -1, -1).flatten(0, 1)
+        weights = torch.baddbmm(add, q.reshape(-1, n, d), k.transpose(1, 2), alpha=d ** -0.5).softmax(2)
+        mixed = (weights @ v).view(q.shape)                                                           # b h n d
     else: mixed = F.scaled_dot_product_attention(q, k, v, add)
     return mixed.transpose(1, 2).reshape(shape)
 
