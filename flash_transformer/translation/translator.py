@@ -85,7 +85,8 @@ def _plan(lengths, tokens_per_batch, workers): # → numbers of the sentences of
     def batches(budget): return plan_batches(lengths, lengths, budget, shuffle=False)[::-1]
     longest = int(lengths.max())
     most = max(tokens_per_batch, longest)
-    count = -(-len(batches(most)) // workers) * workers                  # at most as many batches for each worker, and
+    if len(plan := batches(most)) == workers == 1: return plan
+    count = -(-len(plan) // workers) * workers                           # at most as many batches for each worker, and
     budgets = range(longest, most)                                       # as even as they can be
     return batches(longest + bisect_left(budgets, True, key=lambda budget: len(batches(budget)) <= count))
 
