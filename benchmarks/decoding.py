@@ -17,9 +17,10 @@ Before anything is timed, CTranslate2 and m2m100 must write our translations, gr
 may differ (ties, and sentences cut off). With a beam they need not: both divide by the length where we divide by
 ((5 + length) / 6) ** α; the length penalty is 1 for all of them, and BLEU is shown.
 
-Every engine gets the setting that is best for it, found first: sentences (or tokens) at once, and a peer also its type,
-threads on one batch or each on its own, and whether glibc keeps freed memory, as `flash-transformer train` has it; half
-of the sentences decide. "ctranslate2" is the fastest type, "ctranslate2 float32" the fastest with this type.
+Ours is as it is by default, with a C library that keeps freed memory, as `flash-transformer train` has it. Every peer
+gets the setting that is best for it, found first: its type, sentences (or tokens) at once, threads on one batch or each
+on its own, memory kept or not; half of the sentences decide. "ctranslate2" is the fastest type, "ctranslate2 float32"
+the fastest with this type.
 
 Every engine is a process of its own, which sleeps until it is asked; all are asked in turn, round after round, after
 one round that is not counted. Peers live in environments that this script makes once, in --peers; pip's environment
@@ -46,7 +47,7 @@ from peers_decoding.serve import request, serve
 from processes import Worker, python_of
 from training import PYTORCH, ceilings, machine
 
-from flash_transformer.translation import Translator
+from flash_transformer.translation import DecodeConfig, Translator
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "decoding.json"
@@ -70,8 +71,8 @@ def serve_ours():
     translator, texts = Translator.from_run(asked["run"]), asked["texts"]
 
     def run(job, numbers):
-        length = {"tokens_per_batch": job["batch"]} if "batch" in job else {}
-        return translator.translate([texts[i] for i in numbers], beam=job["beam"], precision=job["type"], **length)
+        return translator.translate([texts[i] for i in numbers], beam=job["beam"], precision=job["type"],
+                                    tokens_per_batch=DecodeConfig().tokens_per_batch)
     serve({"versions": {"torch": torch.__version__}, "types": OURS}, run)
 
 
@@ -104,8 +105,7 @@ class Engine:
 def choices(who, types, job, threads):
     "What is tried for an engine, one thing after another: alternatives for some of the settings"
     if who == "ours":
-        sizes = [{}] if job["single"] else [{"batch": tokens} for tokens in (32768, 16384, 8192)]
-        yield [{"type": types[0]} | size for size in sizes]
+        yield [{"type": types[0]}]
         return
     if who == "ctranslate2": across, batches = [{"spread": False}, {"spread": True}], (32, 128, 256, -1024, -4096)
     else: across, batches = [{"threads": threads}] + [{"threads": 1}] * job["single"], (32, 128)
