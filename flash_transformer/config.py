@@ -21,7 +21,7 @@ from .training import TrainConfig, whole
 from .translation import DecodeConfig
 
 # %% ../nbs/config.ipynb #479e82b6
-_SIZES = ("source_vocab_size", "target_vocab_size") # follow from the tokenizers
+_FOLLOW = ("source_vocab_size", "target_vocab_size", "pad_id", "bos_id", "eos_id") # from the tokenizers
 
 @dataclass
 class Recipe:
@@ -38,7 +38,7 @@ class Recipe:
     def to_dict(self) -> dict:
         "Plain dictionaries, as in YAML"
         recipe = asdict(self)
-        for name in _SIZES: del recipe["model"][name]
+        for name in _FOLLOW: del recipe["model"][name]
         return recipe
 
     def save(self, path: str | Path):
@@ -51,7 +51,7 @@ def add_recipe(parser: ArgumentParser):
     "Give `parser` an option for every field of a recipe, and --config for a file of them"
     parser.add_argument("--config", action="config", help="recipe to start from, a YAML file")
     for name, section in Recipe.__annotations__.items():
-        skip = set(_SIZES) if section is TransformerConfig else None
+        skip = set(_FOLLOW) if section is TransformerConfig else None
         parser.add_class_arguments(section, name, skip=skip, help=section.__doc__)
         comments = _comments(section)
         for action in parser._actions:

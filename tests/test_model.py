@@ -263,7 +263,7 @@ def test_dropout_stands_where_the_paper_has_it(monkeypatch):
 BAD = {
     "zero width": (dict(d_model=0), "d_model must be at least 1, not 0"),
     "no heads": (dict(heads=0), "heads must be at least 1"),
-    "negative layers": (dict(decoder_layers=-1), "decoder_layers must be at least 1, not -1"),
+    "negative layers": (dict(decoder_layers=-1), "decoder_layers must be 0 or more, not -1"),
     "inner width": (dict(d_ff=0), "d_ff"),
     "heads do not divide": (dict(d_model=24, heads=5), "5 heads do not divide a width of 24"),
     "odd width": (dict(d_model=15, heads=3), "d_model must be even"),

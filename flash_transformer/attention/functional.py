@@ -47,7 +47,7 @@ def _naive(q, k, v, mask, dropout, scale):
 
 # %% ../../nbs/1_attention/03_backends.ipynb #750ba4de
 def _is_native(q, k, mask): # does PyTorch's is_causal say the same?
-    only_causal = mask.causal and mask.key_lengths is mask.window is mask.alibi is mask.segments is None
+    only_causal = mask.causal and mask.key_lengths is mask.window is mask.segments is None and not mask.biased
     return only_causal and q.shape[2] == k.shape[2]
 
 
@@ -69,12 +69,12 @@ LARGEST_SCORES = 2 ** 28 # numbers to be written out where nothing is fused: 1 G
 
 def _written(q, k, mask): # → how many numbers SDPA must be given to know this mask
     if mask is None or _is_native(q, k, mask): return 0
-    one_row = mask.alibi is mask.segments is None and mask.sides == (-1, -1)
+    one_row = mask.segments is None and mask.sides == (-1, -1) and not mask.biased
     if one_row and q.device.type == "cpu": return 0                 # key_lengths hide the same keys from every query;
                                                                     # kernels of a GPU may want it in full all the same
     same = mask.key_lengths is mask.segments is None and (mask.alibi is None or mask.alibi.dim() == 1)
     batch = 1 if same else len(q)
-    return batch * (1 if mask.alibi is None else q.shape[1]) * q.shape[2] * k.shape[2]
+    return batch * (q.shape[1] if mask.biased else 1) * q.shape[2] * k.shape[2]
 
 
 def _train(q, k, v): return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -114,8 +114,12 @@ class Backend(NamedTuple):
     cannot:Callable=lambda *qkv_mask_dropout: "" # → why it cannot serve these tensors, or ''
     slow:Callable=lambda *qkv_mask_dropout: "" # → why another is better for them, or ''
     packed:Callable|None=None # (q, k, v, cu_q, cu_k, max_q, max_k, mask, dropout, scale) → output, for packed sequences
+    relative:bool=False # does it know, and learn, `AttentionMask.relative`?
 
-    def against(self, *qkv_mask_dropout): return self.missing() or self.cannot(*qkv_mask_dropout)
+    def against(self, q, k, v, mask, dropout):
+        if mask is not None and mask.relative is not None and not self.relative:
+            return "it has no gradient for a learned bias"
+        return self.missing() or self.cannot(q, k, v, mask, dropout)
 
 
 def _from(module, name): # a function of another chapter's module, which is loaded at the first call
@@ -133,11 +137,11 @@ BACKENDS = [
              "flash_attention_varlen"),
     _chapter("triton", "FlashAttention-2 in our own Triton kernels", "triton_kernels", "triton_attention",
              "triton_attention_varlen"),
-    Backend("sdpa", "PyTorch's fused scaled_dot_product_attention", _sdpa, slow=_sdpa_slow),
+    Backend("sdpa", "PyTorch's fused scaled_dot_product_attention", _sdpa, slow=_sdpa_slow, relative=True),
     _chapter("flex", "PyTorch's FlexAttention, a kernel compiled for the mask", "flex", "flex_attention"),
     Backend("tiled", "FlashAttention-2 in plain PyTorch, to be read", _from("tiled", "tiled_attention"),
             slow=_tiled_slow),
-    Backend("naive", "two matrix products and a softmax, the reference", _naive),  # serves always, so it is the last
+    Backend("naive", "two matrix products and a softmax, the reference", _naive, relative=True),  # always serves: last
 ]
 
 
@@ -207,6 +211,7 @@ def _check(q, k, v, mask, dropout, scale): # → the scale to use
 def _run(backend, q, k, v, mask, dropout, scale):
     out = backend.run(q, k, v, mask, dropout, scale)
     if mask is None or backend.name == "tiled" or q.device.type != "cpu" or torch.compiler.is_compiling(): return out
+    if mask.relative is not None: return out                        # `tiled` does not know it
     # A sum that overflows costs time, not truth. q too, since PyTorch's kernel gives zeros for a short row of NaN
     if out.detach().sum().isfinite() and (backend.name == "naive" or q.detach().sum().isfinite()): return out
     return _find("tiled").run(q, k, v, mask, dropout, scale)

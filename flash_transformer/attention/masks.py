@@ -24,11 +24,12 @@ class AttentionMask:
     window:tuple[int, int]|None=None # (left, right) keys around place i + k_len − q_len, −1 for no limit
     alibi:Tensor|None=None # slopes, (heads,) or (batch, heads): −slope·|i + k_len − q_len − j| is added to the scores
     segments:tuple[Tensor, Tensor]|None=None # numbers of queries (batch, q_len), keys (batch, k_len): equal ones meet
+    relative:Tensor|None=None # (heads, 2·reach + 1), added to the scores by distance j − place, −reach … reach; learned
     _made:dict=field(default_factory=dict, init=False, repr=False) # what `additive` and others made, kept
 
     def __post_init__(self):
         for name, valid in (("causal", _valid_causal), ("key_lengths", _valid_lengths), ("window", _valid_window),
-                            ("alibi", _valid_alibi), ("segments", _valid_segments)):
+                            ("alibi", _valid_alibi), ("segments", _valid_segments), ("relative", _valid_relative)):
             object.__setattr__(self, name, valid(getattr(self, name)))
 
     def dense(self, q_len:int, k_len:int, device=None) -> Tensor: # bool, broadcasts to (batch, heads, q_len, k_len)
@@ -55,21 +56,34 @@ class AttentionMask:
         return left, 0 if self.causal else right
 
     def bias(self, q_len:int, k_len:int, device=None, dtype=torch.float32) -> Tensor|None: # like `dense`
-        "What ALiBi adds to the scores, −slope·distance (Press et al. 2022, section 3); None without slopes"
+        "What is added to the scores: −slope·distance (Press et al. 2022, section 3), or `relative`; None if nothing is"
         return self.distance_bias(*_places(q_len, k_len, device), dtype)
 
     def distance_bias(self, places:Tensor, keys:Tensor, dtype=torch.float32) -> Tensor|None: # like `see`
-        "A piece of `bias`, for the queries at these places and the keys of these numbers; None without slopes"
-        if self.alibi is None: return None
-        exact = torch.promote_types(torch.promote_types(self.alibi.dtype, dtype), torch.float32)
-        slopes = self.alibi.to(keys.device, exact).view(-1, self.alibi.shape[-1], 1, 1)                 # (b) h 1 1
-        return (-slopes * (keys - places[:, None]).abs()).to(dtype)                                     # (b) h q k
+        "A piece of `bias`, for the queries at these places and the keys of these numbers; None if nothing is added"
+        distance, bias = keys - places[:, None], None                                                   # q k
+        if self.alibi is not None:
+            exact = torch.promote_types(torch.promote_types(self.alibi.dtype, dtype), torch.float32)
+            slopes = self.alibi.to(keys.device, exact).view(-1, self.alibi.shape[-1], 1, 1)             # (b) h 1 1
+            bias = (-slopes * distance.abs()).to(dtype)                                                 # (b) h q k
+        if self.relative is not None:
+            reach = self.relative.shape[1] // 2
+            table = self.relative.to(keys.device, dtype)
+            learned = table[None, :, distance.clamp(-reach, reach) + reach]                             # 1 h q k
+            bias = learned if bias is None else bias + learned
+        return bias
 
     def additive(self, q_len:int, k_len:int, device=None, dtype=torch.float32) -> tuple[Tensor|None, Tensor|None]:
         "All of it as one term to add to the scores, and the rows that may see nothing; None for what is not needed"
         key = (q_len, k_len, device, dtype)
+        if self.relative is not None and self.relative.requires_grad: return _additive(self, *key)  # part of a graph
         if key not in self._made: self._made[key] = _additive(self, *key)
         return self._made[key]
+
+    @property
+    def biased(self) -> bool:
+        "Is something added to the scores?"
+        return self.alibi is not None or self.relative is not None
 
     def spans(self, first:int, last:int, k_len:int) -> tuple[range, range]:
         "Keys that some query at places first … last may see, and those that each of them may see in each sentence"
@@ -118,6 +132,14 @@ def _valid_alibi(slopes):
                      f"these are {slopes.dtype} of shape {tuple(slopes.shape)}")
 
 
+def _valid_relative(table):                                       # not copied: it has a gradient
+    if table is None or (isinstance(table, Tensor) and table.dim() == 2 and table.shape[1] % 2
+                         and table.is_floating_point()): return table
+    found = f"{table.dtype} of shape {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
+    raise ValueError("relative must be a tensor in floating point of shape (heads, 2·reach + 1), what to add to the "
+                     f"scores at distance −reach … reach; this is {found}")
+
+
 def _check_fits(mask, batch, heads, k_len, q_len):
     lengths, slopes = mask.key_lengths, mask.alibi
     if lengths is not None and len(lengths) != batch:
@@ -133,6 +155,8 @@ def _check_fits(mask, batch, heads, k_len, q_len):
     if slopes is not None and tuple(slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi has shape {tuple(slopes.shape)}, for a batch of {batch} and {heads} heads: "
                          f"give ({heads},) or ({batch}, {heads}) slopes")
+    if mask.relative is not None and len(mask.relative) != heads:
+        raise ValueError(f"relative is a table for {len(mask.relative)} heads, but there are {heads}")
 
 # %% ../../nbs/1_attention/02_masks.ipynb #d5738160
 def _spans(mask, first, last, k_len):

@@ -6,6 +6,8 @@
 __all__ = ['SequentialMultiHeadAttention', 'SemiParallelMultiHeadAttention', 'MultiHeadAttention', 'KeyValueCache']
 
 # %% ../../nbs/1_attention/04_multi_head.ipynb #2bf84648
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -73,10 +75,14 @@ class MultiHeadAttention(nn.Module):
         dropout:float=0.0, # probability that a weight is dropped in training
         bias:bool=True, # do the projections add a bias?
         backend:str="auto", # who computes, a name from `backends()`
+        head_dim:int|None=None, # numbers of each head, d_model/heads if None
+        scale:float|None=None, # factor on the scores, 1/√head_dim if None
+        rotary:Callable[[Tensor, int], Tensor]|None=None, # turns queries and keys by their place, see `Rotary`
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, _head_dim(d_model, heads)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or _head_dim(d_model, heads)
+        self.scale, self.rotary = scale, rotary
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"{kv_heads} key/value heads do not divide {heads} heads: each must serve equally many")
         if not 0 <= dropout < 1: raise ValueError(f"dropout is {dropout}: give a probability, from 0 to below 1")
@@ -84,7 +90,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout, self.backend = dropout, backend
         self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias)         # rows: all q, then all k, then all v
-        self.out_proj = nn.Linear(d_model, d_model, bias)
+        self.out_proj = nn.Linear(heads * self.head_dim, d_model, bias)
         for block in (*self.in_proj.weight.split(self.sizes), self.out_proj.weight): nn.init.xavier_uniform_(block)
         for linear in (self.in_proj, self.out_proj):
             if bias: nn.init.zeros_(linear.bias)
@@ -96,10 +102,10 @@ class MultiHeadAttention(nn.Module):
         cache:"KeyValueCache|None"=None, # the keys and values of earlier calls; x then holds the new words only
     ) -> Tensor: # (batch, q_len, d_model)
         "x looking at itself or at memory. Raises ValueError where sizes do not fit"
-        shape = x.shape
+        shape = (*x.shape[:2], self.heads * self.head_dim)
         if cache is not None: x = _fold_beams(x, memory, mask, cache)      # explained below, with the cache
         q, k, v = self._qkv(x, memory, cache)                                                 # b h n d
-        out = attention(q, k, v, mask, self.dropout if self.training else 0., backend=self.backend)
+        out = attention(q, k, v, mask, self.dropout if self.training else 0., self.scale, self.backend)
         return self.out_proj(out.transpose(1, 2).reshape(shape))                              # b q (h d)
 
     def weights(self,
@@ -109,12 +115,15 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor: # (batch, heads, q_len, k_len)
         "How much each word of x looks at each word of memory, for each head; without dropout"
         q, k, _ = self._qkv(x, memory, None)
-        return attention_weights(q, k, mask)
+        return attention_weights(q, k, mask, self.scale)
 
     def _qkv(self, x, memory, cache):
         if cache is not None and cache.cross: return *self._project(x, 0, 1), cache.keys, cache.values
         if memory is None:                                       # self-attention: one product for all three
             q, k, v = self._project(x, 0, 3)
+            if self.rotary is not None:
+                start = cache.length if cache is not None else 0                                # words before these
+                q, k = self.rotary(q, start), self.rotary(k, start)
             return (q, k, v) if cache is None else (q, *cache.append(k, v))
         (q,), (k, v) = self._project(x, 0, 1), self._project(memory, 1, 3)
         if cache is not None: cache.keep(k, v)
@@ -185,6 +194,6 @@ def _fold_beams(x, memory, mask, cache): # → (batch, beam·q_len, d_model) whe
     if len(x) == rows: return x
     if rows == 0 or len(x) % rows:
         raise ValueError(f"x has {len(x)} rows and the memory {rows}: give as many, or equally many beams for each")
-    if mask is not None and (mask.causal or not mask.window is mask.alibi is mask.segments is None):
+    if mask is not None and (mask.causal or mask.window or mask.segments or mask.biased):
         raise ValueError("beams that share a memory are masked by key_lengths only: folded, a query loses its place")
     return x.reshape(rows, -1, x.shape[-1])

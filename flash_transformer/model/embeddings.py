@@ -15,24 +15,29 @@ from torch import Tensor, nn
 # %% ../../nbs/2_transformer/01_embeddings.ipynb #706f77a2
 class TokenEmbedding(nn.Embedding):
     "Rows of a (vocab_size, d_model) table, from N(0, 1/d_model), times √d_model (Vaswani et al. 2017, section 3.4)"
+    scaled = True  # False: not times √d_model
+
     def reset_parameters(self):
         nn.init.normal_(self.weight, std=self.embedding_dim ** -0.5)
 
     def forward(self,
         ids: Tensor,  # token ids, (batch, length), int64
     ) -> Tensor:      # vectors, (batch, length, d_model)
-        return super().forward(ids) * math.sqrt(self.embedding_dim)
+        x = super().forward(ids)
+        return x * math.sqrt(self.embedding_dim) if self.scaled else x
 
 # %% ../../nbs/2_transformer/01_embeddings.ipynb #435cb2ce
 def sinusoidal_positions(
     length: int,   # number of positions, from 0
     d_model: int,  # width, even
+    halves: bool = False, # all sines first, then all cosines, as the paper's own code has them
 ) -> Tensor:       # (length, d_model), float32: sines in the even columns, cosines in the odd
     "Fixed position vectors (Vaswani et al. 2017, section 3.5); raises ValueError for an odd width"
     if d_model % 2: raise ValueError(f"sinusoidal positions come in pairs: d_model must be even, not {d_model}")
     # float64 on the way: at position 10,000 a float32 product is off by 1e-3 radians
     frequency = 10000 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)   # d/2
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency               # n d/2
+    if halves: return torch.cat([angle.sin(), angle.cos()], dim=1).float()               # n d
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()            # n d
 
 # %% ../../nbs/2_transformer/01_embeddings.ipynb #f0855593
@@ -82,28 +87,51 @@ class Dropout(nn.Module):
 
 # %% ../../nbs/2_transformer/01_embeddings.ipynb #a72784ac
 class Embedding(nn.Module):
-    """Token embedding plus sinusoidal positions, then dropout (Vaswani et al. 2017, sections 3.4, 3.5 and 5.4).
+    """Token embedding plus positions, then dropout (Vaswani et al. 2017, sections 3.4, 3.5 and 5.4).
 
-    Raises ValueError for an odd width or a dropout outside [0, 1)"""
+    Raises ValueError for an odd width, unknown positions, a dropout outside [0, 1)"""
     def __init__(self,
         vocab_size: int,      # number of tokens
-        d_model: int,         # width, even
+        d_model: int,         # width; even, if positions are sinusoidal
         dropout: float = 0.0, # probability that an entry is set to zero in training
+        positions: str = "sinusoidal", # what is added: "sinusoidal", "sinusoidal_halves", "learned" or "none"
+        max_length: int = 512,         # learned positions
+        scaled: bool = True,           # are words multiplied by √d_model?
+        types: int = 0,                # kinds of sentences that are told apart, as BERT's first and second
+        norm: nn.Module | None = None, # of the sum
     ):
         super().__init__()
-        self.tokens = TokenEmbedding(vocab_size, d_model)
-        self.dropout = Dropout(dropout)
-        self.register_buffer("positions", sinusoidal_positions(512, d_model), persistent=False)
+        if positions not in ("sinusoidal", "sinusoidal_halves", "learned", "none"):
+            raise ValueError("an embedding adds sinusoidal, sinusoidal_halves, learned positions or none, "
+                             f"not {positions!r}")
+        self.tokens, self.dropout, self.kind = TokenEmbedding(vocab_size, d_model), Dropout(dropout), positions
+        self.tokens.scaled = scaled
+        if positions == "learned": self.positions = nn.Parameter(0.02 * torch.randn(max_length, d_model))
+        elif positions != "none": self.register_buffer("positions", self._waves(512), persistent=False)
+        self.types = nn.Embedding(types, d_model) if types else None
+        self.norm = norm
+
+    def _waves(self, length):
+        return sinusoidal_positions(length, self.tokens.embedding_dim, self.kind == "sinusoidal_halves")
+
+    def _places(self, start, end, positions): # → (length, d_model) or (batch, length, d_model)
+        if self.kind == "learned" and positions is not None: end = int(positions.max()) + 1
+        table = self.positions                       # several threads may be here: each keeps its own table
+        if self.kind == "learned" and end > len(table):
+            raise ValueError(f"a text of {end} tokens is longer than the {len(table)} learned positions")
+        if end > len(table): table = self.positions = self._waves(2 * end).to(table)
+        return table[slice(start, end) if positions is None else positions]
 
     def forward(self,
         ids: Tensor,     # token ids, (batch, length), int64
         start: int = 0,  # position of the first id
         positions: Tensor | None = None, # of each id, (batch, length), where a row holds several sentences
+        types: Tensor | None = None,     # of each id's sentence, (batch, length), int64; None: all of type 0
     ) -> Tensor:         # (batch, length, d_model); bf16 under autocast to bf16, and so is all that follows
-        end = start + ids.shape[1]
-        if end > len(self.positions):
-            self.positions = sinusoidal_positions(2 * end, self.positions.shape[1]).to(self.positions)
-        x = self.tokens(ids) + self.positions[slice(start, end) if positions is None else positions]
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16: x = x.bfloat16()
-        return self.dropout(x)
+        """Raises ValueError for more ids than there are learned positions"""
+        x = self.tokens(ids)
+        if self.kind != "none": x = x + self._places(start, start + ids.shape[1], positions)
+        if self.types is not None: x = x + (self.types.weight[0] if types is None else self.types(types))
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16: x = x.bfloat16()
+        return self.dropout(x if self.norm is None else self.norm(x))

@@ -102,10 +102,13 @@ def training_flops(
     s, t = (np.asarray(lengths, dtype=np.int64) for lengths in (source_lengths, target_lengths))
     ss, st, tt, s, t = map(int, (s @ s, s @ t, t @ t, s.sum(), t.sum()))
     d, f, encoder, decoder = config.d_model, config.d_ff, config.encoder_layers, config.decoder_layers
-    forward = encoder * (2 * s * (4 * d * d + 2 * d * f) + 4 * d * ss)     # q, k, v, out; feed-forward; scores, values
-    forward += decoder * (2 * t * (4 * d * d + 2 * d * f) + 4 * d * tt)
-    forward += decoder * (2 * (2 * t + 2 * s) * d * d + 4 * d * st)        # cross-attention: q, out; k, v of the source
-    forward += 2 * t * d * config.target_vocab_size
+    width = config.heads * (config.head_dim or d // config.heads)          # of all queries; keys may have fewer heads
+    narrow = width * (config.kv_heads or config.heads) // config.heads
+    block = 2 * d * (2 * width + 2 * narrow) + 2 * (2 + config.gated) * d * f               # q, out, k, v; feed-forward
+    forward = encoder * (block * s + 4 * width * ss)                                         # scores, values
+    forward += decoder * (block * t + 4 * width * tt)
+    if encoder: forward += decoder * (4 * d * (width * t + narrow * s) + 4 * width * st)     # cross-attention
+    forward += 2 * t * d * (config.target_vocab_size or 0)
     return 3 * forward      # the backward pass makes two products of each: one for its input, one for its weight
 
 # %% ../../nbs/4_training/02_precision.ipynb #59d07f2b

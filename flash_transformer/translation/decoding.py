@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data import BOS, EOS
 from ..model import Transformer
 
 # %% ../../nbs/5_translation/01_decoding.ipynb #98484b6e
@@ -23,18 +22,18 @@ def greedy_search(
     extra_length: int = 50, # a translation has at most source length + this many tokens, </s> included
 ) -> list[list[int]]:       # ids of each translation, without <s> and </s>
     "Take the likeliest next word until </s>"
-    limit = source_lengths + extra_length                                # b
+    limit, begin, end = source_lengths + extra_length, model.config.bos_id, model.config.eos_id      # limit: b
     memory, cache = model.encode(source, source_lengths), model.cache(int(limit.max()))
-    word = torch.full((len(source), 1), BOS, device=source.device)
+    word = torch.full((len(source), 1), begin, device=source.device)
     words, done = [], torch.zeros(len(source), dtype=torch.bool, device=source.device)
     for step in range(1, int(limit.max()) + 1):
         hidden = model.decode(word, memory, source_lengths, cache)       # b 1 d
         word = model.output(hidden[:, -1]).argmax(-1, keepdim=True)      # b 1
-        word[done] = EOS                                                 # who has ended stays ended
+        word[done] = end                                                 # who has ended stays ended
         words.append(word)
-        done |= (word[:, 0] == EOS) | (step >= limit)
+        done |= (word[:, 0] == end) | (step >= limit)
         if done.all(): break
-    return [ids[:ids.index(EOS)] if EOS in ids else ids for ids in torch.cat(words, dim=1).tolist()]
+    return [ids[:ids.index(end)] if end in ids else ids for ids in torch.cat(words, dim=1).tolist()]
 
 # %% ../../nbs/5_translation/01_decoding.ipynb #c7d76757
 def length_penalty(
@@ -85,7 +84,7 @@ def beam_search(
     if beam < 1: raise ValueError(f"a beam keeps at least 1 beginning, not {beam}")
     batch, device, limit = len(source), source.device, source_lengths + extra_length
     memory, cache = model.encode(source, source_lengths), model.cache(int(limit.max()))
-    words = torch.full((batch, beam, 1), BOS, device=device)
+    words = torch.full((batch, beam, 1), model.config.bos_id, device=device)
     alive = torch.full((batch, beam), -torch.inf, device=device)         # log-probability of each beginning
     alive[:, 0] = 0
     found, limits, searching = [[] for _ in range(batch)], limit.tolist(), set(range(batch))
@@ -96,7 +95,7 @@ def beam_search(
         log_p = logits.log_softmax(-1, dtype=exact).view(batch, beam, -1)                         # b beam v
         total, index = (alive[:, :, None] + log_p).flatten(1).topk(2 * beam)                      # b 2·beam
         parent, word = index // log_p.shape[-1], index % log_p.shape[-1]
-        ended = (word == EOS) & total.isfinite()
+        ended = (word == model.config.eos_id) & total.isfinite()
         for i, k in ended[:, :beam].nonzero().tolist():
             if i in searching: found[i].append(_hypothesis(words[i, parent[i, k], 1:], total[i, k], step, alpha))
         going_on = ended.int().argsort(dim=1, stable=True)[:, :beam]                              # the best others

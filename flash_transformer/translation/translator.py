@@ -24,11 +24,13 @@ from tqdm.auto import tqdm
 
 from ..data import PAD, TokenizerPair, plan_batches
 from ..model import Transformer, TransformerConfig, attention_maps, load_weights
+from .decoding import beam_search, greedy_search
 from flash_transformer.translation.fast_decoding import (
     FastTransformer,
     decoding_precision,
     fast_beam_search,
     fast_greedy_search,
+    unusual,
 )
 
 # %% ../../nbs/5_translation/02_translator.ipynb #e50dd8bb
@@ -51,16 +53,18 @@ class DecodeConfig:
 
 # %% ../../nbs/5_translation/02_translator.ipynb #6ed8e901
 def _search(
-    model: FastTransformer,
+    model: FastTransformer | Transformer,
     rows: list[list[int]], # ids of each source, </s> last
     config: DecodeConfig,
 ) -> list[list[int]]:      # ids of each translation
-    device = model.positions.device
+    fast = isinstance(model, FastTransformer)
+    device = model.positions.device if fast else next(model.parameters()).device
+    greedy, beam = (fast_greedy_search, fast_beam_search) if fast else (greedy_search, beam_search)
     source = [torch.tensor(row) for row in rows]
     source = torch.nn.utils.rnn.pad_sequence(source, batch_first=True, padding_value=PAD).to(device)   # b s
     lengths = torch.tensor([len(row) for row in rows], device=device)                                  # b
-    if config.beam == 1: return fast_greedy_search(model, source, lengths, config.extra_length)
-    found = fast_beam_search(model, source, lengths, config.beam, config.length_penalty, config.extra_length)
+    if config.beam == 1: return greedy(model, source, lengths, config.extra_length)
+    found = beam(model, source, lengths, config.beam, config.length_penalty, config.extra_length)
     return [hypotheses[0].ids for hypotheses in found]
 
 # %% ../../nbs/5_translation/02_translator.ipynb #ddd8d07a
@@ -142,7 +146,11 @@ class Translator:
         except (RuntimeError, AssertionError) as e:                 # PyTorch's ways to say that it has no such device
             raise ValueError(f"cannot translate on {device!r}: {str(e).splitlines()[0]}") from e
 
-    def _copy(self, precision): # → `FastTransformer`, made anew when the weights have changed
+    def _copy(self, precision): # → `FastTransformer`, made anew when the weights have changed; or the model itself
+        if strange := unusual(self.model.config):
+            if precision in ("auto", "float32"): return self.model
+            raise ValueError(f"decode.precision {precision} is for the paper's Transformer; this model has "
+                             f"{', '.join(strange)}: leave it at auto")
         state = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.model.parameters()]
         how = decoding_precision(precision, self.model)
         if self._fast.get(how, (None,))[0] != state: self._fast[how] = state, FastTransformer(self.model, *how)

@@ -1,0 +1,147 @@
+"""
+Published models in our blocks: transformers' own classes, with random weights, saved by them and loaded by us, and the
+other way round.
+"""
+import json
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+transformers = pytest.importorskip("transformers")
+
+from flash_transformer.model import from_pretrained, save_pretrained  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+BERT = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+    max_position_embeddings=20, attn_implementation="eager")
+T5 = dict(vocab_size=61, d_model=24, d_kv=10, d_ff=40, num_layers=2, num_decoder_layers=3, num_heads=3,
+    decoder_start_token_id=0, attn_implementation="eager")
+MARIAN = dict(vocab_size=61, d_model=24, encoder_layers=2, decoder_layers=3, encoder_attention_heads=3,
+    decoder_attention_heads=3, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=32, pad_token_id=60,
+    decoder_start_token_id=60, eos_token_id=0, activation_function="swish", attn_implementation="eager")
+LLAMA = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa") # eager: its softmax is in float32
+GPT2 = dict(vocab_size=61, n_embd=24, n_layer=2, n_head=3, n_positions=32, bos_token_id=60, eos_token_id=60,
+    attn_implementation="eager")
+MODELS = { # name → their model class, their configuration
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "gpt2, inner width": ("GPT2LMHeadModel", "GPT2Config", GPT2 | dict(n_inner=50, activation_function="relu")),
+    "gpt2, untied": ("GPT2LMHeadModel", "GPT2Config", GPT2 | dict(tie_word_embeddings=False)),
+    "bert": ("BertForMaskedLM", "BertConfig", BERT),
+    "bert, classes": ("BertForSequenceClassification", "BertConfig", BERT | dict(num_labels=5)),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", BERT | dict(type_vocab_size=1, layer_norm_eps=1e-5)),
+    "roberta, classes": ("RobertaForSequenceClassification", "RobertaConfig",
+        BERT | dict(type_vocab_size=1, layer_norm_eps=1e-5)),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
+    "t5, small buckets": ("T5ForConditionalGeneration", "T5Config", T5 | dict(relative_attention_num_buckets=6,
+        relative_attention_max_distance=9)),
+    "t5 v1.1": ("T5ForConditionalGeneration", "T5Config", T5 | dict(feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False)),
+    "marian": ("MarianMTModel", "MarianConfig", MARIAN),
+    "marian, scaled": ("MarianMTModel", "MarianConfig", MARIAN | dict(scale_embedding=True)),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "llama, tied, wide heads": ("LlamaForCausalLM", "LlamaConfig", LLAMA | dict(tie_word_embeddings=True, head_dim=10,
+        rope_parameters={"rope_type": "default", "rope_theta": 777.0})),
+}
+
+
+@pytest.fixture(autouse=True)
+def in_full_precision(monkeypatch):
+    "T5's and Llama's norms, and Llama's angles, are computed in float32 by transformers even for a model in float64"
+    def norm(self, x): return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+    for kind in (transformers.models.t5.modeling_t5.T5LayerNorm, transformers.models.llama.modeling_llama.LlamaRMSNorm):
+        monkeypatch.setattr(kind, "forward", norm)
+
+    def angles(self, x, position_ids):
+        d = self.config.head_dim
+        frequency = 1 / self.config.rope_parameters["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
+        angle = (position_ids[..., None] * frequency).repeat(1, 1, 2)
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaRotaryEmbedding, "forward", angles)
+
+
+def theirs(name, seed=0, dtype=torch.float64):
+    "Their model with weights large enough that an error shows"
+    model, config, fields = MODELS[name]
+    torch.manual_seed(seed)
+    model = getattr(transformers, model)(getattr(transformers, config)(**fields)).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.normal_(0, 0.3)      # Marian's sinusoids are a parameter, too
+        for n, buffer in model.named_buffers():
+            if n == "final_logits_bias": buffer.normal_()
+    return model
+
+
+def texts():
+    "Token ids of five texts of up to 18, and their lengths"
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([18, 1, 7, 18, 12])
+    return torch.randint(4, 59, (5, 18), generator=g), lengths
+
+
+def their_logits(model, ids, lengths, types):
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    kind = model.config.model_type
+    if kind == "roberta":       # finds places by counting ids that are no padding
+        ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
+    if kind == "bert": return model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+    if kind in ("t5", "marian"):
+        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids.flip(1)).logits
+    return model(input_ids=ids, attention_mask=mask).logits
+
+
+def our_logits(model, ids, lengths, types):
+    kind = type(model).__name__
+    if kind == "Transformer": return model(ids, lengths, ids.flip(1))
+    if kind == "CausalLM": return model(ids)
+    return model(ids, lengths, types if model.config.token_types == 2 else None)
+
+
+def real(logits, lengths): # without what stands at padding, where everybody may say something else
+    return logits if logits.dim() == 2 else logits[torch.arange(logits.shape[1]) < lengths[:, None]]
+
+
+def compare(one, other, atol, gradients=True):
+    "Logits, and what their gradient does to the word table"
+    ids, lengths = texts()
+    types = (torch.arange(18) >= 5).long().expand(5, -1)
+    found = []
+    for model, logits, table in ((one, their_logits, one.get_input_embeddings().weight),
+                                 (other, our_logits, getattr(other, "encoder", None) or other.decoder)):
+        out = real(logits(model, ids, lengths, types), lengths)
+        if not isinstance(table, torch.Tensor): table = table.embedding.tokens.weight
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        found.append((out, torch.autograd.grad((out * weights).sum(), table)[0]))
+    (out, gradient), (our, ours) = found
+    assert out.abs().max() > 0.1
+    assert_close(our, out, atol=atol, rtol=0)
+    if other.config.scale_embeddings and one.config.model_type == "t5": ours = ours / other.config.d_model ** 0.5
+    if gradients: assert_close(ours, gradient, atol=100 * atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers_are_the_same(name, tmp_path):
+    model = theirs(name)
+    model.save_pretrained(tmp_path)
+    for dtype, atol in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        compare(model.to(dtype), from_pretrained(tmp_path, dtype=dtype), atol, gradients=dtype == torch.float64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_and_back(name, tmp_path):
+    "Saved by us, read by them: the same numbers, and nothing that they miss or do not know"
+    model = theirs(name)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = from_pretrained(tmp_path / "theirs", dtype=torch.float64)
+    save_pretrained(ours, tmp_path / "ours", model.config.model_type)
+    again, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True, dtype=torch.float64,
+        attn_implementation=MODELS[name][2]["attn_implementation"])
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert not info["unexpected_keys"], info["unexpected_keys"]
+    compare(again.eval(), ours, 1e-9)
+    written = json.loads((tmp_path / "ours/config.json").read_text())
+    assert written["model_type"] == model.config.model_type
