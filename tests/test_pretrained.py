@@ -12,7 +12,14 @@ from torch.testing import assert_close
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-from flash_transformer.model import from_pretrained, save_pretrained  # noqa: E402
+from flash_transformer.model import (  # noqa: E402
+    SampleConfig,
+    configuration,
+    from_pretrained,
+    generate,
+    save_pretrained,
+)
+from flash_transformer.translation import beam_search, greedy_search  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 BERT = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
@@ -20,7 +27,7 @@ BERT = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_he
 T5 = dict(vocab_size=61, d_model=24, d_kv=10, d_ff=40, num_layers=2, num_decoder_layers=3, num_heads=3,
     decoder_start_token_id=0, attn_implementation="eager")
 MARIAN = dict(vocab_size=61, d_model=24, encoder_layers=2, decoder_layers=3, encoder_attention_heads=3,
-    decoder_attention_heads=3, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=32, pad_token_id=60,
+    decoder_attention_heads=3, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=64, pad_token_id=60,
     decoder_start_token_id=60, eos_token_id=0, activation_function="swish", attn_implementation="eager")
 LLAMA = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa") # eager: its softmax is in float32
@@ -145,3 +152,90 @@ def test_and_back(name, tmp_path):
     compare(again.eval(), ours, 1e-9)
     written = json.loads((tmp_path / "ours/config.json").read_text())
     assert written["model_type"] == model.config.model_type
+
+
+FULL = { # as published
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict()),
+    "bert": ("BertForMaskedLM", "BertConfig", dict()),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", dict(vocab_size=50265, max_position_embeddings=514,
+        type_vocab_size=1, layer_norm_eps=1e-5)),
+    "t5": ("T5ForConditionalGeneration", "T5Config", dict(decoder_start_token_id=0)),
+    "marian": ("MarianMTModel", "MarianConfig", dict(d_model=512, encoder_layers=6, decoder_layers=6,
+        encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=2048, decoder_ffn_dim=2048,
+        max_position_embeddings=512, activation_function="swish", scale_embedding=True)),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name, tmp_path):
+    "The smallest published one of each family, with the weights that transformers starts from; the description, too"
+    model, config, fields = FULL[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, model)(getattr(transformers, config)(**fields)).eval()
+    model.save_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
+    expected = vars(configuration(name)) | {n: getattr(ours.config, n) for n in ("pad_id", "bos_id", "eos_id")}
+    assert vars(ours.config) == expected
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for n, p in model.named_parameters()
+        if "embed_positions" not in n) + (58101 if name == "marian" else 0) - (2 * 768 if name == "roberta" else 0)
+    ids, lengths = texts()
+    with torch.no_grad():
+        out = real(their_logits(model, ids, lengths, None), lengths)
+        assert_close(real(our_logits(ours, ids, lengths, None), lengths), out, atol=1e-4, rtol=0)
+    assert out.std() > 0.1
+
+
+def ends(row, end): # of what their `generate` returns: without the start sign, up to the end sign
+    row = row.tolist()[1:]
+    return row[:row.index(end)] if end in row else row
+
+
+@pytest.mark.parametrize("name", ["t5", "t5 v1.1", "marian", "marian, scaled"])
+@pytest.mark.parametrize("seed", range(3))
+def test_same_words(name, seed, tmp_path):
+    "Greedy and beam search against their `generate`, until the end sign; their length penalty is another formula"
+    model = theirs(name, seed)
+    end = model.config.eos_token_id
+    with torch.no_grad():                                  # an end sign within some words
+        if "marian" in name: model.final_logits_bias[:, end] += 3
+        else: model.lm_head.weight[end] *= 5               # the same as shared.weight, if tied
+    model.save_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path, dtype=torch.float64)
+    ids, lengths = texts()
+    mask = (torch.arange(18) < lengths[:, None]).long()
+    n = 25
+    settings = dict(input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, length_penalty=0.0,
+        forced_eos_token_id=None, use_cache=False)         # their cache has as many layers as T5's encoder
+    expected = [ends(row, end) for row in model.generate(num_beams=1, **settings)]
+    # ours may go on for longer: its limit is so many words more than the source has
+    assert [row[:n] for row in greedy_search(ours, ids, lengths, n)] == expected
+    whole = 0
+    for beam in (2, 5):
+        expected = [ends(row, end) for row in model.generate(num_beams=beam, **settings)]
+        found = [best[0].ids for best in beam_search(ours, ids, lengths, beam, 0.0, n)]
+        for row, their in zip(found, expected):                # at the limit the two take different ones
+            if len(their) < n and len(row) < n:
+                assert row == their
+                whole += 1
+    assert whole >= 3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2, untied", "llama", "llama, tied, wide heads"])
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_writes_on(name, penalty, tmp_path):
+    "Greedy, token for token, until the end sign or the last place"
+    model = theirs(name, 3)
+    model.save_pretrained(tmp_path)
+    ours, prompt = from_pretrained(tmp_path, dtype=torch.float64), texts()[0][:, :4]
+    end = int(model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, -1])   # one that comes
+    expected = model.generate(prompt, max_new_tokens=28, do_sample=False, repetition_penalty=penalty, pad_token_id=end,
+        eos_token_id=end)
+    found = generate(ours, prompt, SampleConfig(28, temperature=0, repetition_penalty=penalty), end)
+    assert torch.equal(found, expected)
+    assert expected.shape[1] == 32 or (expected[:, -1] == end).all()
+
+
+def test_classifiers_have_their_classes(tmp_path):
+    model = theirs("bert, classes")
+    model.save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).output.out_features == 5

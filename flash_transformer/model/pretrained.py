@@ -168,6 +168,8 @@ def to_config(
     for name, value in ours.items():
         if name.endswith("_id") and isinstance(value, list): ours[name] = value[0]
     _HABITS.get(kind, lambda theirs, ours: None)(theirs, ours)
+    if ours.get("kv_heads") == ours["heads"]: del ours["kv_heads"]            # what is usual goes without saying
+    if ours.get("head_dim", 0) * ours["heads"] == ours["d_model"]: del ours["head_dim"]
     if ours.get("activation", "relu") not in ACTIVATION.values():
         if ours["activation"] not in ACTIVATION:
             raise ValueError(f"this {kind} model has the activation {ours['activation']!r}; those that load are "
@@ -211,13 +213,15 @@ _HABITS = {"gpt2": _gpt2_habits, "roberta": _roberta_habits, "t5": _t5_habits, "
 
 # %% ../../nbs/2_transformer/06_pretrained.ipynb #8cae55cb
 def from_config(
-    ours: TransformerConfig,
+    c: TransformerConfig,
     kind: str,                # a key of `FAMILIES`
 ) -> dict:                    # for a config.json
     "The way back. Raises ValueError for a model that is none of this kind, and names what it has that the kind has not"
     if kind not in FAMILIES: raise ValueError(f"there is no kind {kind!r}; there are {', '.join(FAMILIES)}")
-    family, c = FAMILIES[kind], ours
-    theirs = {field: getattr(c, name) for name, field in family.fields.items()} | {"model_type": kind} | family.must
+    family = FAMILIES[kind]
+    ours = vars(c) | {"kv_heads": c.kv_heads or c.heads, "head_dim": c.head_dim or c.d_model // c.heads}
+    theirs = {field: ours[name] for name, field in family.fields.items()}
+    theirs |= {"model_type": kind} | family.must
     theirs["tie_word_embeddings"] = c.tie_embeddings in ("all", "target")
     activation = {value: name for name, value in reversed(ACTIVATION.items())}[c.activation]
     if "activation" in family.fields: theirs[family.fields["activation"]] = activation
