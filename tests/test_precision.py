@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_transformer.attention import MultiHeadAttention
-from flash_transformer.model import Transformer, TransformerConfig
+from flash_transformer.model import Transformer, TransformerConfig, build, configuration
 from flash_transformer.training import (
     adam,
     choose_precision,
@@ -281,3 +281,19 @@ def test_a_missing_compiler_is_said(monkeypatch, device, missing):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(OSError, match=rf"needs .*{missing.replace('+', '.')}.* set train.compile to false"):
         check_compiler(device)
+
+
+@pytest.mark.parametrize("name, changes", [("gpt2", {}), ("modern", dict(kv_heads=2)), ("t5", dict(head_dim=5)),
+    ("marian", dict(gated=True))])
+def test_flops_of_the_family(name, changes):
+    "Switches count, too: gates, fewer keys than queries, heads of another width, no encoder; against PyTorch's counter"
+    sizes = dict(d_model=48, d_ff=80, heads=6, source_vocab_size=61, target_vocab_size=61, dropout=0.0)
+    model = build(configuration(name, **sizes | changes))
+    for m in model.modules():
+        if isinstance(m, MultiHeadAttention): m.backend = "naive"         # one product each, and both are counted
+    ids = torch.randint(4, 61, (1, 17))
+    with FlopCounterMode(display=False) as counter:
+        out = model(ids[:, :11], torch.tensor([11]), ids) if model.config.encoder_layers else model(ids)
+        out.sum().backward()
+    # the lowest product's input has no gradient where it is a table's
+    assert counter.get_total_flops() == training_flops(model.config, np.array([11]), np.array([17]))

@@ -191,7 +191,7 @@ def ends(row, end): # of what their `generate` returns: without the start sign, 
 
 
 @pytest.mark.parametrize("name", ["t5", "t5 v1.1", "marian", "marian, scaled"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1, 4))
 def test_same_words(name, seed, tmp_path):
     "Greedy and beam search against their `generate`, until the end sign; their length penalty is another formula"
     model = theirs(name, seed)

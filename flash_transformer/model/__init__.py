@@ -4,5 +4,5 @@ from .embeddings import Embedding, TokenEmbedding, sinusoidal_positions
 from .generation import SampleConfig, generate, stream
 from .language_models import FAMILY, CausalLM, Classifier, MaskedLM, build, configuration
 from .positions import PositionBias, Rotary, alibi_slopes
-from .pretrained import from_pretrained, save_pretrained
+from .pretrained import from_pretrained, pretrained_tokenizer, save_pretrained
 from .transformer import Transformer, TransformerConfig, attention_maps, load_weights, save_weights
