@@ -21,7 +21,7 @@ from .training import TrainConfig, whole
 from .translation import DecodeConfig
 
 # %% ../nbs/config.ipynb #479e82b6
-_FOLLOW = ("source_vocab_size", "target_vocab_size", "pad_id", "bos_id", "eos_id") # from the tokenizers
+_FOLLOW = ("source_vocab_size", "target_vocab_size", "pad_id", "bos_id", "eos_id", "banned_id") # from the tokenizers
 
 @dataclass
 class Recipe:

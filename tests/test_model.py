@@ -1,4 +1,5 @@
 "The model against torch.nn.Transformer in float64, its caches, its weight files, and what it refuses."
+import copy
 import math
 import os
 import pickle
@@ -355,3 +356,99 @@ def test_weights_never_run_code(tmp_path, dump):
     path = path.rename(tmp_path / "weights.pt")
     torch.load(path, weights_only=False) if dump is torch.save else pickle.loads(path.read_bytes())
     assert trace.exists()                              # it would have
+
+
+# ---- switches ----
+
+SWITCHES = {
+    "halves": dict(positions="sinusoidal_halves"),
+    "learned": dict(positions="learned", max_length=9),
+    "rotary": dict(positions="rotary"), "alibi": dict(positions="alibi"),
+    "relative": dict(positions="relative", relative_buckets=6, relative_reach=5), "none": dict(positions="none"),
+    "window": dict(window=3), "rotary window": dict(positions="rotary", window=2),
+    "rms": dict(normalization="rms", bias=False), "layer norm without bias": dict(bias=False),
+    "gated": dict(activation="silu", gated=True), "gelu": dict(activation="gelu_tanh"),
+    "grouped": dict(kv_heads=2), "wide heads": dict(head_dim=14, attention_scale=1.0),
+    "embedding": dict(scale_embeddings=False, embedding_norm=True, token_types=2),
+    "output bias": dict(output_bias=True), "inputs tied": dict(tie_embeddings="inputs"),
+}
+
+
+def switched(name, **changes):
+    "A model in float64 whose every parameter has an effect that shows"
+    torch.manual_seed(0)
+    c = dict(d_model=24, d_ff=40, heads=4, encoder_layers=2, decoder_layers=2, dropout=0.0, norm="pre",
+        source_vocab_size=V, target_vocab_size=V)
+    model = Transformer(TransformerConfig(**c | SWITCHES[name] | changes)).double()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+PAIRS = torch.randint(4, V, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_row_of_several_sentences(name):
+    "Two pairs, packed into one row, give what each gives alone"
+    model, source, target = switched(name).eval(), PAIRS[:1], PAIRS[1:]
+    alone = [model(source[:, a:b], torch.tensor([b - a]), target[:, c:d])[0]
+             for a, b, c, d in ((0, 4, 0, 5), (4, 7, 5, 7))]
+    segments = torch.tensor([[1] * 4 + [2] * 3 + [0] * 2]), torch.tensor([[1] * 5 + [2] * 2 + [0] * 2])
+    packed = model(source, None, target, segments=segments)[0]
+    assert_close(packed[:7], torch.cat(alone), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_computed_again(name):
+    "`recompute` changes no gradient, also in a row of several sentences"
+    gradients = []
+    segments = torch.tensor([[1] * 4 + [2] * 5]), torch.tensor([[1] * 5 + [2] * 4])
+    for recompute, packed in ((False, False), (True, False), (False, True), (True, True)):
+        model = switched(name).train()
+        model.recompute = recompute
+        out = model(PAIRS[:1], torch.tensor([9]), PAIRS[1:], segments=segments if packed else None)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for some, other in (gradients[:2], gradients[2:]): assert_close(some, other, rtol=0, atol=1e-12)
+    assert all(g is not None and g.abs().max() > 0 for g in gradients[0])
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_words_one_by_one(name):
+    "With caches, and with beams that change places, as all at once"
+    model = switched(name).eval()
+    with torch.no_grad():
+        lengths = torch.tensor([9, 6])
+        memory, cache = model.encode(PAIRS, lengths), model.cache(8)
+        rows, words = torch.tensor([0, 0, 1, 1]), PAIRS.flip(1)[[0, 0, 1, 1]]
+        words[1, 0], words[3, 0] = 4, 5
+        history = words[:, :0]
+        for step, new in enumerate(words[:, :8].split([3, 1, 1, 2, 1], dim=1)):
+            got = model.decode(new, memory, lengths, cache)
+            history = torch.cat([history, new], dim=1)
+            full = model.decode(history, memory[rows], lengths[rows])
+            assert_close(got, full[:, -new.shape[1]:], rtol=0, atol=1e-9)
+            index = torch.tensor([[1, 0, 2, 3], [0, 0, 3, 2]][step % 2])
+            for own, _ in cache: own.reorder(index)
+            history = history[index]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_half_precision_stays_near(name):
+    model = switched(name).eval().float()
+    lengths = torch.tensor([9, 6])
+    exact = model(PAIRS, lengths, PAIRS.flip(1))
+    with torch.autocast("cpu", torch.bfloat16): rounded = model(PAIRS, lengths, PAIRS.flip(1))
+    assert rounded.dtype == torch.bfloat16 and rounded.isfinite().all()
+    assert (rounded - exact).abs().mean() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_copied_and_moved(name):
+    model = switched(name).eval()
+    lengths = torch.tensor([9, 6])
+    expected = model(PAIRS, lengths, PAIRS.flip(1))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(PAIRS, lengths, PAIRS.flip(1)), expected)
+    with torch.device("meta"): empty = Transformer(model.config)
+    assert [p.shape for p in empty.parameters()] == [p.shape for p in model.parameters()]

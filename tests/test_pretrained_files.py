@@ -578,6 +578,7 @@ def small(kind, **changes):
     else: sizes |= dict(decoder_layers=2)
     if kind == "gpt2": sizes |= dict(max_length=32)
     if kind == "llama": sizes |= dict(kv_heads=3)
+    if kind == "marian": sizes |= dict(pad_id=60, bos_id=60, banned_id=60)
     if kind != "gpt2": sizes |= dict(attention_dropout=0.0)
     torch.manual_seed(0)
     model = build(TransformerConfig(**FAMILY[FAMILIES[kind].switches] | sizes | changes))

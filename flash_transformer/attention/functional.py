@@ -90,6 +90,7 @@ def _narrow(q, k, v, mask): # on a CPU: does a window hide so much that going ti
 
 
 def _sdpa_slow(q, k, v, mask, dropout):
+    if mask is not None and mask.relative is not None: return ""    # `naive` would write out as much
     if _written(q, k, mask) > LARGEST_MASK: return "this mask, written out for it, would hold over a billion numbers"
     if q.device.type != "cpu": return ""
     if dropout: return "on a CPU it is not fused when weights are dropped out, and plain products are as fast"

@@ -111,11 +111,12 @@ class Embedding(nn.Module):
         self.types = nn.Embedding(types, d_model) if types else None
         self.norm = norm
 
+    @torch.inference_mode(False)                     # the table will be used in training, too
     def _waves(self, length):
         return sinusoidal_positions(length, self.tokens.embedding_dim, self.kind == "sinusoidal_halves")
 
     def _places(self, start, end, positions): # → (length, d_model) or (batch, length, d_model)
-        if self.kind == "learned" and positions is not None: end = int(positions.max()) + 1
+        if self.kind == "learned" and positions is not None: end = int(positions.max()) + 1 if positions.numel() else 0
         table = self.positions                       # several threads may be here: each keeps its own table
         if self.kind == "learned" and end > len(table):
             raise ValueError(f"a text of {end} tokens is longer than the {len(table)} learned positions")

@@ -26,8 +26,12 @@ class SampleConfig:
     seed: int = 0                  # of the draws
 
     def __post_init__(self):
+        for name in ("max_new", "top_k"):
+            n = getattr(self, name)
+            if n is not None and not isinstance(n, int): raise TypeError(f"sample.{name} is a whole number, not {n!r}")
         if self.max_new < 1: raise ValueError(f"sample.max_new must be at least 1, not {self.max_new}")
-        if not self.temperature >= 0: raise ValueError(f"sample.temperature must be 0 or more, not {self.temperature}")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
+            raise ValueError(f"sample.temperature must be 0, or from 0.0001 up, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"sample.top_k must be at least 1, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -50,7 +54,7 @@ def adjust(
     if config.top_k is not None:
         least = logits.topk(min(config.top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if config.top_p is not None:
+    if config.top_p is not None and config.top_p < 1:
         best, order = logits.sort(dim=1, descending=True)
         p = best.softmax(1)
         out = p.cumsum(1) - p >= config.top_p                        # those before it are enough

@@ -35,7 +35,7 @@ class Family(NamedTuple):
     ignored: str              # other names that may be there, a regular expression
     architectures: list[str]  # theirs: first the language model, then the classifier
     must: dict = {}           # their field → the only value that we can serve, where it is there
-    absent: dict = {}         # their field → what it is where it is not there, None: see `_HABITS`; others must be there
+    absent: dict = {}         # their field → what it is where it is not there, None: see `_HABITS`; others must be
 
 
 _SPECIAL = {"pad_id": "pad_token_id", "eos_id": "eos_token_id"}
@@ -159,7 +159,8 @@ FAMILIES = {
         r"roberta\.pooler\..*|lm_head\.decoder\.bias|.*position_ids",
         ["RobertaForMaskedLM", "RobertaForSequenceClassification"], _BERT_MUST | {"pad_token_id": 1},
         _BERT_ABSENT | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}),
-    "t5": Family("t5", _T5_FIELDS, _t5_modules, "", r"(encoder|decoder)\.embed_tokens\.weight",
+    "t5": Family("t5", _T5_FIELDS, _t5_modules, "",
+        r"(encoder|decoder)\.embed_tokens\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight",
         ["T5ForConditionalGeneration"], {}, _T5_ABSENT),
     "marian": Family("marian", _MARIAN_FIELDS, _marian_modules, "", r"model\..*\.embed_(tokens|positions)\.weight",
         ["MarianMTModel"], {"static_position_embeddings": True, "normalize_before": False, "normalize_embedding": False,
@@ -232,6 +233,7 @@ def _marian_habits(theirs, ours):
         if theirs[f"encoder_{name}"] != theirs.get(f"decoder_{name}"):
             raise ValueError(f"encoder_{name} and decoder_{name} differ in this marian model: only equal ones load")
     ours.setdefault("bos_id", ours["pad_id"])
+    ours["banned_id"] = ours["pad_id"]                  # its logit is 0, which would win where all others are negative
 
 
 def _llama_habits(theirs, ours):
@@ -257,7 +259,11 @@ def from_config(
     ours = vars(c) | {"kv_heads": c.kv_heads or c.heads, "head_dim": c.head_dim or c.d_model // c.heads}
     theirs = {field: ours[name] for name, field in family.fields.items()}
     theirs |= {"model_type": kind} | family.must
-    theirs["tie_word_embeddings"] = c.tie_embeddings in ("all", "target")
+    theirs["tie_word_embeddings"] = c.tie_embeddings in ("all", "target") or (
+        c.tie_embeddings == "inputs" and not c.decoder_layers)
+    for name in {"gpt2": ["pad_id"], "llama": ["pad_id"], "bert": ["bos_id", "eos_id"]}.get(kind, []):  # they have none
+        if ours[name] == getattr(TransformerConfig, name): theirs[family.fields[name]] = None
+    if kind == "gpt2": theirs["embd_pdrop"] = c.dropout
     activation = {value: name for name, value in reversed(ACTIVATION.items())}[c.activation]
     if "activation" in family.fields: theirs[family.fields["activation"]] = activation
     if kind == "roberta": theirs["max_position_embeddings"] += 2
@@ -266,7 +272,7 @@ def from_config(
         theirs["feed_forward_proj"] = "gated-" * c.gated + network
         theirs["scale_decoder_outputs"] = theirs["tie_word_embeddings"] = c.scale_embeddings
     if kind == "marian":
-        theirs |= {"decoder_attention_heads": c.heads, "decoder_ffn_dim": c.d_ff}
+        theirs |= {"decoder_attention_heads": c.heads, "decoder_ffn_dim": c.d_ff, "bad_words_ids": [[c.pad_id]]}
     if kind == "llama": theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rotary_base}
     try: again = vars(to_config(theirs)) | {"tie_embeddings": c.tie_embeddings}
     except ValueError as e: raise ValueError(f"this is no {kind}: {e}") from e
@@ -462,6 +468,9 @@ def save_pretrained(
     for name, p in model.named_parameters():
         how = origin(name, p, kind, model)
         tensors |= dict(zip(how.names, split(how, p)))
+    if kind in ("bert", "roberta") and not theirs["tie_word_embeddings"] and not classifier:  # it stands there twice
+        name = origin("output.weight", model.output.weight, kind, model).names[0].replace("weight", "bias")
+        tensors[name] = model.output.bias.detach().clone()
     folder.mkdir(parents=True, exist_ok=True)
     weights, description = (folder / f"{name}.unfinished" for name in ("model.safetensors", "config.json"))
     save_file(tensors, weights, {"format": "pt"})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import AttentionMask, KeyValueCache, MultiHeadAttention
-from .blocks import ACTIVATIONS, DecoderBlock, EncoderBlock, FeedForward, Residual
+from .blocks import ACTIVATIONS, DecoderBlock, EncoderBlock, FeedForward, Residual, RMSNorm
 from .embeddings import Embedding
 from .positions import PositionBias, Rotary
 
@@ -62,6 +62,7 @@ class TransformerConfig:
     pad_id: int = 0                # special ids, see `SPECIALS`; models of others have other ones
     bos_id: int = 2
     eos_id: int = 3
+    banned_id: int | None = None   # decoding never writes it
 
     def __post_init__(self):
         _check_numbers(self)
@@ -70,6 +71,8 @@ class TransformerConfig:
                              f"{self.d_model}")
         if self.d_model % 2 and self.positions.startswith("sinusoidal"):
             raise ValueError(f"d_model must be even for sinusoidal positions, not {self.d_model}")
+        if (head_dim := self.head_dim or self.d_model // self.heads) % 2 and self.positions == "rotary":
+            raise ValueError(f"rotary positions turn pairs: head_dim must be even, not {head_dim}")
         for name, known in (("norm", ("post", "pre")), ("tie_embeddings", ("all", "target", "inputs", "none")),
                             ("normalization", ("layer", "rms")), ("activation", tuple(ACTIVATIONS)),
                             ("positions", POSITIONS)):
@@ -104,10 +107,18 @@ def _check_numbers(c):
     for name in ("dropout", "attention_dropout"):
         p = getattr(c, name)
         if not 0 <= p < 1: raise ValueError(f"{name} must be in [0, 1), not {p}")
+    for name in ("norm_epsilon", "rotary_base", "attention_scale"):
+        n = getattr(c, name)
+        if n is not None and not 0 < n < float("inf"): raise ValueError(f"{name} must be above 0, not {n}")
+    if c.heads % (c.kv_heads or c.heads):
+        raise ValueError(f"kv_heads must divide heads, but {c.kv_heads} do not divide {c.heads}")
+    if c.positions == "relative" and not 4 <= c.relative_buckets < 2 * c.relative_reach:
+        raise ValueError(f"relative_buckets must be at least 4 and below 2 · relative_reach, not {c.relative_buckets} "
+                         f"with a reach of {c.relative_reach}")
 
 
 def new_norm(c): # the norm of vectors that a configuration asks for
-    if c.normalization == "rms": return nn.RMSNorm(c.d_model, c.norm_epsilon)
+    if c.normalization == "rms": return RMSNorm(c.d_model, c.norm_epsilon)
     return nn.LayerNorm(c.d_model, c.norm_epsilon, bias=c.bias)
 
 
@@ -242,6 +253,9 @@ class Transformer(nn.Module):
             for weight in *up.weight.split(down.in_features), down.weight: nn.init.xavier_uniform_(weight)  # gated: two
             for linear in up, down:
                 if linear.bias is not None: nn.init.zeros_(linear.bias)
+        for module in self.modules():                       # T5's scale of 1: its queries start smaller instead
+            if isinstance(module, MultiHeadAttention) and module.scale is not None:
+                with torch.no_grad(): module.in_proj.weight[:module.sizes[0]] *= module.head_dim ** -0.5 / module.scale
         nn.init.normal_(self.output.weight, std=self.config.d_model ** -0.5)
         if self.output.bias is not None: nn.init.zeros_(self.output.bias)
 
@@ -276,9 +290,9 @@ class Transformer(nn.Module):
         # padding, number 0, is seen by nobody; it looks at its row's first sentence, so that no row of scores is empty
         queries_s, queries_t = s.clamp(min=1), t.clamp(min=1)
         mask = AttentionMask(segments=(queries_s, s))
-        memory = self.encoder(source, mask, self.recompute, places(s))
+        memory = self.encoder(source, mask, self.recompute, places(s) * (s > 0))
         mask, words = AttentionMask(segments=(queries_t, s)), AttentionMask(causal=True, segments=(queries_t, t))
-        return self.decoder(target, memory, mask, None, self.recompute, words, places(t))
+        return self.decoder(target, memory, mask, None, self.recompute, words, places(t) * (t > 0))
 
     def cache(self,
         max_length: int, # most words that will be decoded

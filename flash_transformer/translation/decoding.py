@@ -28,7 +28,9 @@ def greedy_search(
     words, done = [], torch.zeros(len(source), dtype=torch.bool, device=source.device)
     for step in range(1, int(limit.max()) + 1):
         hidden = model.decode(word, memory, source_lengths, cache)       # b 1 d
-        word = model.output(hidden[:, -1]).argmax(-1, keepdim=True)      # b 1
+        logits = model.output(hidden[:, -1])                             # b v
+        if model.config.banned_id is not None: logits[:, model.config.banned_id] = -torch.inf
+        word = logits.argmax(-1, keepdim=True)                           # b 1
         word[done] = end                                                 # who has ended stays ended
         words.append(word)
         done |= (word[:, 0] == end) | (step >= limit)
@@ -93,6 +95,7 @@ def beam_search(
         logits = model.output(hidden[:, -1])                                                      # (b beam) v
         exact = torch.promote_types(logits.dtype, torch.float32)
         log_p = logits.log_softmax(-1, dtype=exact).view(batch, beam, -1)                         # b beam v
+        if model.config.banned_id is not None: log_p[..., model.config.banned_id] = -torch.inf
         total, index = (alive[:, :, None] + log_p).flatten(1).topk(2 * beam)                      # b 2·beam
         parent, word = index // log_p.shape[-1], index % log_p.shape[-1]
         ended = (word == model.config.eos_id) & total.isfinite()
