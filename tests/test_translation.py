@@ -20,6 +20,7 @@ from flash_transformer.model import Transformer, TransformerConfig, save_weights
 from flash_transformer.translation import (
     DecodeConfig,
     Evaluation,
+    FastTransformer,
     Translator,
     beam_search,
     evaluate,
@@ -326,3 +327,33 @@ def test_evaluate_takes_a_dataset(translator):
     pairs = Dataset.from_dict({"source": ["", "The dog sleeps."], "target": ["x", "Der Hund schläft."]})
     found = evaluate(translator, pairs)
     assert found.sentences[0]["translation"] == "" and found.sentences[0]["bleu"] == 0
+
+
+# ---- models with other switches ----
+
+@pytest.mark.parametrize("changes", [dict(positions="rotary"), dict(positions="relative", attention_scale=1.0),
+    dict(normalization="rms", bias=False), dict(activation="silu", gated=True), dict(window=4), dict(output_bias=True)])
+def test_a_model_that_fast_decoding_does_not_know(changes, translator):
+    "is searched by the plain functions, in its own precision; others are refused with the switch's name"
+    tokenizers, name = translator.tokenizers, next(iter(changes))
+    model = wild(3, tokenizers.source_size, torch.float32, std=0.2, lean=3.0, tie_embeddings="none", **changes)
+    other = Translator(model, tokenizers, DecodeConfig(extra_length=5))
+    texts = ["The dog barks.", "She sees the old man and the cat.", "Maria sleeps."] * 50
+    found = other.translate(texts)
+    ids = tokenizers.encode_source(texts[:3])
+    source = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+    best = beam_search(model, source, torch.tensor([len(row) for row in ids]), 4, 0.6, 5)
+    assert found == tokenizers.decode_target([h[0].ids for h in best]) * 50
+    assert other.translate(texts[0], beam=1) is not None
+    for precision in "bf16", "int8":
+        with pytest.raises(ValueError, match=name): other.translate(texts[0], precision=precision)
+    with pytest.raises(ValueError, match=name): FastTransformer(model)
+
+
+def test_a_banned_word_is_never_written():
+    model, (source, lengths) = wild(0, 9), sources(0, [3, 5, 2], 9)
+    plain = greedy_search(model, source, lengths, 6)
+    most = max((i for row in plain for i in row), key=[i for row in plain for i in row].count)
+    model.config.banned_id = most
+    assert not any(most in row for row in greedy_search(model, source, lengths, 6))
+    for found in beam_search(model, source, lengths, 4, 0.6, 6): assert not any(most in h.ids for h in found)

@@ -37,7 +37,7 @@ class Family(NamedTuple):
     must: dict = {}           # their field → the only value that we can serve, where it is there
     absent: dict = {}         # their field → what it is where it is not there, None: see `_HABITS`; others must be
 
-
+# %% ../../nbs/2_transformer/06_pretrained.ipynb #df7fc1e2
 _SPECIAL = {"pad_id": "pad_token_id", "eos_id": "eos_token_id"}
 _START = {"bos_id": "decoder_start_token_id"}
 _BERT_FIELDS = _SPECIAL | {"d_model": "hidden_size", "d_ff": "intermediate_size", "heads": "num_attention_heads",
@@ -91,7 +91,7 @@ def _bert_modules(prefix, head, c):
         feed_forward__0=f"{layer}intermediate.dense", feed_forward__2=f"{layer}output.dense",
         residuals__1__norm=f"{layer}output.LayerNorm") | head
 
-
+# %% ../../nbs/2_transformer/06_pretrained.ipynb #6be760a5
 def _t5_modules(c):
     modules = {"encoder.embedding.tokens": "shared", "decoder.embedding.tokens": "shared", "output": "lm_head"}
     for stack, looks in (("encoder", {"attention": "SelfAttention"}),
@@ -123,7 +123,7 @@ def _marian_modules(c):
             **{f"residuals__{len(looks)}__norm": f"{layer}final_layer_norm"})
     return modules
 
-
+# %% ../../nbs/2_transformer/06_pretrained.ipynb #b1166a29
 def _gpt2_modules(c):
     layer = "transformer.h.{}."
     return {"decoder.embedding.tokens": "transformer.wte", "decoder.embedding.positions": "transformer.wpe.weight",
@@ -198,7 +198,7 @@ def to_config(
         ours["activation"] = ACTIVATION[ours["activation"]]
     return TransformerConfig(**FAMILY[family.switches] | ours)
 
-
+# %% ../../nbs/2_transformer/06_pretrained.ipynb #723d106a
 _TYPES = {"dropout": (int, float), "attention_dropout": (int, float), "norm_epsilon": (int, float), "activation": str,
     "scale_embeddings": bool}     # our fields that are no whole numbers
 
@@ -379,7 +379,7 @@ def _our_names(found, family): # what was read, under the names that the family 
         renamed[name if any(name.startswith(k) for k in known) or name == "final_logits_bias" else prefix + name] = read
     return renamed
 
-
+# %% ../../nbs/2_transformer/06_pretrained.ipynb #24a03243
 @torch.no_grad()
 def _load(model, kind, found): # fills the parameters; what is left over must be of no importance
     family, used = FAMILIES[kind], set()
@@ -439,7 +439,7 @@ def from_pretrained(
     _load(model.to(dtype), kind, found)
     return model.eval()
 
-
+# %% ../../nbs/2_transformer/06_pretrained.ipynb #888092f1
 def _snapshot(name, revision, *ways): # the first of these lists of files of which the last one is there
     from huggingface_hub import snapshot_download
     try:
