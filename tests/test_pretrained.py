@@ -238,6 +238,10 @@ def test_writes_on(name, penalty, tmp_path):
 
 
 def test_classifiers_have_their_classes(tmp_path):
-    model = theirs("bert, classes")
-    model.save_pretrained(tmp_path)
-    assert from_pretrained(tmp_path).output.out_features == 5
+    model, names = theirs("bert, classes"), ["joy", "anger", "fear", "NEGATIVE", "5 of 5"]
+    model.config.id2label = dict(enumerate(names))
+    model.save_pretrained(tmp_path / "theirs")
+    ours = from_pretrained(tmp_path / "theirs")
+    assert ours.output.out_features == 5 and ours.labels == names
+    save_pretrained(ours, tmp_path / "ours", "bert")
+    assert list(type(model).from_pretrained(tmp_path / "ours").config.id2label.values()) == names

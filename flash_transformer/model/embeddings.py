@@ -107,9 +107,14 @@ class Embedding(nn.Module):
         self.tokens, self.dropout, self.kind = TokenEmbedding(vocab_size, d_model), Dropout(dropout), positions
         self.tokens.scaled = scaled
         if positions == "learned": self.positions = nn.Parameter(0.02 * torch.randn(max_length, d_model))
-        elif positions != "none": self.register_buffer("positions", self._waves(512), persistent=False)
+        elif positions != "none": self.register_buffer("positions", None, persistent=False)
+        self.reset_positions()
         self.types = nn.Embedding(types, d_model) if types else None
         self.norm = norm
+
+    def reset_positions(self):
+        "Make the table of waves; again, where a module was moved without its numbers (`to_empty`)"
+        if self.kind.startswith("sinusoidal"): self.positions = self._waves(512).to(self.tokens.weight)
 
     @torch.inference_mode(False)                     # the table will be used in training, too
     def _waves(self, length):

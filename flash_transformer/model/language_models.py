@@ -41,7 +41,11 @@ class CausalLM(nn.Module):
         self.recompute = False                 # see `Transformer`
         self.decoder, self.output = Decoder(c), nn.Linear(c.d_model, c.target_vocab_size, c.output_bias)
         reset_normal(self, c)
-        if c.tie_embeddings in ("all", "target"): self.output.weight = self.decoder.embedding.tokens.weight
+        self.tie()
+
+    def tie(self):
+        "One table for words and output, if `tie_embeddings` says so"
+        if self.config.tie_embeddings in ("all", "target"): self.output.weight = self.decoder.embedding.tokens.weight
 
     def forward(self,
         ids: Tensor,                 # token ids, (batch, length), int64; padding only at the end, where nobody sees it
@@ -71,7 +75,11 @@ class MaskedLM(nn.Module):
         self.transform = nn.Sequential(nn.Linear(c.d_model, c.d_model), ACTIVATIONS[c.activation](), new_norm(c))
         self.output = nn.Linear(c.d_model, c.source_vocab_size, c.output_bias)
         reset_normal(self, c)
-        if c.tie_embeddings != "none": self.output.weight = self.encoder.embedding.tokens.weight
+        self.tie()
+
+    def tie(self):
+        "One table for words and output, if `tie_embeddings` says so"
+        if self.config.tie_embeddings != "none": self.output.weight = self.encoder.embedding.tokens.weight
 
     def forward(self,
         ids: Tensor,                   # token ids, (batch, length), int64, padding at the end
@@ -89,14 +97,17 @@ class Classifier(nn.Module):
     `MaskedLM` does"""
     def __init__(self,
         config: TransformerConfig, # decoder_layers=0
-        classes: int,              # how many
+        classes: int | list[str],  # how many, or their names
     ):
         super().__init__()
         c = self.config = _encoder_only(config, "a Classifier")
         self.recompute = False
+        self.labels = [f"LABEL_{i}" for i in range(classes)] if isinstance(classes, int) else list(classes)
         self.encoder, self.dropout = Encoder(c), nn.Dropout(c.dropout)
-        self.pool, self.output = nn.Linear(c.d_model, c.d_model), nn.Linear(c.d_model, classes)
+        self.pool, self.output = nn.Linear(c.d_model, c.d_model), nn.Linear(c.d_model, len(self.labels))
         reset_normal(self, c)
+
+    def tie(self): pass            # its output is no table of words
 
     def forward(self,
         ids: Tensor,                   # as for `MaskedLM`, as are the others; the first one stands for the text

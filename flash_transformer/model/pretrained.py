@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from .embeddings import Embedding
 from .language_models import FAMILY, Classifier, build
 from .transformer import TransformerConfig
 
@@ -421,11 +422,13 @@ def from_pretrained(
     config, kind = to_config(theirs), theirs["model_type"]
     family = FAMILIES[kind]
     found = _our_names(read_tensors(folder), family)
-    architectures, labels = theirs.get("architectures") or [], theirs.get("id2label") or "01"
+    architectures = theirs.get("architectures") or []
+    labels = theirs.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}           # as transformers takes it
     if not isinstance(architectures, list): raise ValueError(f"architectures is {architectures!r}, no list of names")
     if any(name in architectures for name in family.architectures[1:]):
-        if isinstance(labels, int | float | bool): raise ValueError(f"id2label is {labels!r}, no names of classes")
-        model = Classifier(config, len(labels))
+        if not isinstance(labels, dict) or sorted(labels) != sorted(str(i) for i in range(len(labels))):
+            raise ValueError(f"id2label is {labels!r}, no names of classes")
+        make = partial(Classifier, config, [str(labels[str(i)]) for i in range(len(labels))])
     else:
         modules = family.modules(config)
         words, output = (modules[m] + ".weight" for m in (
@@ -435,8 +438,12 @@ def from_pretrained(
         if own:                                                                       # a matrix of its own
             both = config.encoder_layers and config.decoder_layers
             config = replace(config, tie_embeddings="inputs" if both else "none")
-        model = build(config)
-    _load(model.to(dtype), kind, found)
+        make = partial(build, config)
+    with torch.device("meta"): model = make()            # shapes alone: no first weights are drawn
+    model.to(dtype).to_empty(device="cpu").tie()
+    for module in model.modules():
+        if isinstance(module, Embedding): module.reset_positions()
+    _load(model, kind, found)
     return model.eval()
 
 # %% ../../nbs/2_transformer/06_pretrained.ipynb #888092f1
@@ -464,7 +471,7 @@ def save_pretrained(
     theirs = from_config(model.config, kind)
     classifier = isinstance(model, Classifier)
     theirs["architectures"] = family.architectures[1:] if classifier else family.architectures[:1]
-    if classifier: theirs["id2label"] = {str(i): f"LABEL_{i}" for i in range(len(model.output.weight))}
+    if classifier: theirs["id2label"] = {str(i): label for i, label in enumerate(model.labels)}
     for name, p in model.named_parameters():
         how = origin(name, p, kind, model)
         tensors |= dict(zip(how.names, split(how, p)))

@@ -242,9 +242,13 @@ class Transformer(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.output = nn.Linear(config.d_model, config.target_vocab_size, bias=config.output_bias)
         self.reset_parameters()
+        self.tie()
+
+    def tie(self):
+        "Make those tables one that `tie_embeddings` says are one"
         words = self.decoder.embedding.tokens
-        if config.tie_embeddings in ("all", "target"): self.output.weight = words.weight
-        if config.tie_embeddings in ("all", "inputs"): self.encoder.embedding.tokens.weight = words.weight
+        if self.config.tie_embeddings in ("all", "target"): self.output.weight = words.weight
+        if self.config.tie_embeddings in ("all", "inputs"): self.encoder.embedding.tokens.weight = words.weight
 
     def reset_parameters(self):
         "Glorot uniform matrices, zero biases in the feed-forward networks; N(0, 1/d_model) for the output projection"
