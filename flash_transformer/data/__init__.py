@@ -14,5 +14,6 @@ from .cleaning import RULES, Report, check_rules, first_occurrences, pair_hashes
 from .corpora import load_corpus
 from .prepare import DataConfig, Prepared, corpus_of, prepare
 from .streaming import StreamedPairs, read_split, stream
+from .text import EncodedText, encode_text, load_text, text_pieces, text_tokenizer
 from .tokenizers import BOS, EOS, PAD, UNK, TokenizerPair
 from .toy import toy_corpus

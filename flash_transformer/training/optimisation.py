@@ -94,7 +94,7 @@ def projected_loss(
 
 # %% ../../nbs/4_training/01_loss_and_schedule.ipynb #7507fe94
 def batch_loss(
-    model: Callable,         # a `Transformer`, maybe wrapped
+    model: Callable,         # a `Transformer`, for texts a `CausalLM`; maybe wrapped
     batch: Batch,
     smoothing: float = 0.1,  # ε
 ) -> tuple[Tensor, Tensor]:  # smoothed and plain loss, as of `projected_loss`
@@ -103,6 +103,7 @@ def batch_loss(
 
     def project(hidden, weight):
         return projected_loss(hidden[real].flatten(0, -2), weight, batch.labels[real].flatten(), smoothing)
+    if not batch.source.shape[1]: return model(batch.target, project=project)          # a text: it has no source
     return model(batch.source, batch.source_lengths, batch.target, segments=batch.segments, project=project)
 
 # %% ../../nbs/4_training/01_loss_and_schedule.ipynb #71961b2d

@@ -87,9 +87,9 @@ class FusedFeedForward(FeedForward):
 def compile_blocks(model: Transformer):
     """Let torch.compile fuse what happens around the matrix products of each block in training, in place: no parameter
     changes its name. The first step takes longer; it raises OSError where the compiler that is needed is missing"""
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
-        block.feed_forward.__class__ = FusedFeedForward             # the same weights, another `forward`
-        for residual in block.residuals: residual.__class__ = FusedResidual
+    for module in model.modules():                                  # the same weights, another `forward`
+        if type(module) is FeedForward: module.__class__ = FusedFeedForward
+        if type(module) is Residual: module.__class__ = FusedResidual
 
 # %% ../../nbs/4_training/02_precision.ipynb #dc06d32d
 def training_flops(

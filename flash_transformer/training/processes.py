@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..model import Transformer
+from ..model import DecoderBlock, EncoderBlock, Transformer
 from .precision import choose_precision
 
 # %% ../../nbs/4_training/03_processes.ipynb #6209e295
@@ -113,7 +113,7 @@ def distribute(
 def _shard(model: Transformer):
     "FSDP2: each block's parameters are gathered for its forward and backward pass only"
     for t in [*model.parameters(), *model.buffers()]: dist.broadcast(t.detach(), 0)
-    for block in [*model.encoder.blocks, *model.decoder.blocks]: fully_shard(block)
+    for block in [m for m in model.modules() if isinstance(m, EncoderBlock | DecoderBlock)]: fully_shard(block)
     fully_shard(model)
     # the outermost part stays whole for the backward pass; without one it is to be given back at once
     model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else model.reshard())

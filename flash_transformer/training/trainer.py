@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import Batch, EncodedPairs, pack_batches, plan_batches, row_length
-from ..model import Transformer
+from ..model import Transformer, build
 from .checkpoints import RunFolder, StopSignals, load_checkpoint, load_model, save_checkpoint
 from .optimisation import adam, batch_loss, paper_peak, warmup_inverse_sqrt
 from .precision import compile_blocks, matmul_ceiling, peak_memory, training_flops
@@ -109,7 +109,8 @@ def plan_for(
     "The batches of a window of pairs. Raises ValueError for a sentence longer than a batch"
     s, t = pairs.source_lengths, pairs.target_lengths
     longest = max(int(s.max(initial=0)), int(t.max(initial=0)))
-    if not packed or not longest: return plan_batches(s, t, tokens_per_batch, seed or 0, epoch, seed is not None), None
+    if not packed or not longest or not s.any():   # a text without sources is in rows of one length as it is
+        return plan_batches(s, t, tokens_per_batch, seed or 0, epoch, seed is not None), None
     length = row_length(longest, tokens_per_batch)
     return pack_batches(s, t, tokens_per_batch, length, seed or 0, epoch), length
 
@@ -261,7 +262,7 @@ class _Keeper(_Stepper):
         if scaler and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(scaler)
         if meter: self.meter = _Meter(*(meter[:2] if self.main else (0.0, 0.0)), *meter[2:])
         vars(self.at).update(state)
-        self.course.plan = []                              # that of the beginning
+        self.course.plan, self.course.window = [], None    # those of the beginning
         if self.main: self.run.rewind(self.at.step)
 
     def _write_weights(self):
@@ -320,7 +321,7 @@ class _Reporter(_Keeper):
         if not self.sharded: return question(self.bare) if self.main else {}
         weights = {name: full_tensor(p.detach()) for name, p in self.bare.named_parameters()} # every process takes part
         if not self.main: return {}
-        whole = Transformer(self.bare.config).to(self.accelerator.device)
+        whole = build(self.bare.config).to(self.accelerator.device)
         whole.load_state_dict(weights, strict=False)       # not strict, since tied tables stand there once
         return question(whole)
 
@@ -353,11 +354,11 @@ class _Bounds(_Reporter):
 
 # %% ../../nbs/4_training/05_trainer.ipynb #2c546a89
 class Trainer(_Bounds):
-    """Trains a `Transformer`; leaves `checkpoints/`, `metrics.jsonl` and `model.safetensors` in the run folder. Started
-    by torchrun or `accelerate launch` it is one of several processes, which share the work."""
+    """Trains a `Transformer`, or on texts a `CausalLM`; leaves `checkpoints/`, `metrics.jsonl` and `model.safetensors`
+    in the run folder. Started by torchrun or `accelerate launch` it is one of several processes, sharing the work."""
     def __init__(self,
         model: Transformer,       # trained in place; the same in all processes
-        train,                    # pairs to learn from: `EncodedPairs`, or `StreamedPairs`
+        train,                    # pairs to learn from: `EncodedPairs`, `EncodedText`, or `StreamedPairs`
         validation: EncodedPairs, # pairs to validate on
         config: TrainConfig,      # how
         run: str | Path,          # folder that takes what the run leaves
