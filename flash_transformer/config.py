@@ -34,6 +34,8 @@ class Recipe:
     def __post_init__(self):
         if self.model.tie_embeddings == "all" and not self.data.joint:        # their sizes may happen to be equal
             raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
+        if not (self.model.encoder_layers and self.model.decoder_layers):
+            raise ValueError("a recipe is of a translator: model.encoder_layers and decoder_layers must be at least 1")
 
     def to_dict(self) -> dict:
         "Plain dictionaries, as in YAML"

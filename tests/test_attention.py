@@ -1,4 +1,6 @@
 "The attention room against PyTorch: masks and edges, bad input, MultiHeadAttention, the cache. See test_conformance.py"
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -335,3 +337,18 @@ def test_cache_says_no():
     with pytest.raises(ValueError, match="key_lengths only"):
         module(torch.randn(4, 1, 16), mask=AttentionMask(causal=True), cache=cross)
     with pytest.raises(ValueError, match="batch of 2"): module(x, x[:1])
+
+
+@pytest.mark.parametrize("module, name", [("tiled", "tiled_attention"), ("triton_kernels", "triton_attention"),
+                                          ("flex", "flex_attention"), ("flash", "_options")])
+def test_a_kernel_that_cannot_learn_a_bias_says_so(module, name):
+    "also when it is called without the door"
+    kernel = getattr(importlib.import_module(f"flash_transformer.attention.{module}"), name)
+    q, mask = torch.randn(1, 2, 6, 16), AttentionMask(relative=torch.zeros(2, 9))
+    with pytest.raises(ValueError, match="learned bias"):
+        if name == "_options": kernel(q, mask, 0.0, 1.0, 1)
+        else: kernel(q, q, q, mask, 0.0, 1.0)
+    assert attention_module_taken(q, mask) == "sdpa"
+
+
+def attention_module_taken(q, mask): return explain(q, q, q, mask).taken

@@ -410,3 +410,11 @@ def test_standard_input_that_is_not_utf8(finished, command):
 
 def test_a_line_of_100_000_characters_to_translate(finished, command):
     wrong(command("translate", finished, stdin=b"a dog\n" + b"xy " * 33_334 + b"\n"), "begins 'xy xy xy")
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_recipe_needs_both_stacks(stack, text, tmp_path, command):
+    "said before anything is prepared"
+    run = tmp_path / "run"
+    status, _, said = command("train", "--config", text / "tiny.yaml", "--run", run, f"--model.{stack}_layers", "0")
+    assert status == 2 and "model.encoder_layers and decoder_layers must be at least 1" in said[-1] and not run.exists()

@@ -103,6 +103,7 @@ def slow(q, k, v, mask, dropout) -> str: # why another backend is better for the
 
 # %% ../../nbs/1_attention/09_flash_attn.ipynb #f8baf722
 def _options(q, mask, dropout, scale, sequences): # our arguments by the names they have in flash-attn
+    mask.refuse_relative()
     alibi = mask.alibi
     if alibi is not None: alibi = alibi.to(q.device, torch.float32).contiguous().expand(sequences, -1)    # s h
     return dict(dropout_p=dropout, softmax_scale=scale, causal=mask.causal, window_size=mask.window or (-1, -1),

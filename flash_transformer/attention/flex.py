@@ -18,6 +18,7 @@ from .masks import AttentionMask
 
 # %% ../../nbs/1_attention/11_choice.ipynb #2512e3e6
 def _mods(mask, batch, heads, q_len, k_len, device, dtype): # → mask_mod, and score_mod or None
+    mask.refuse_relative()
     ahead = torch.tensor(k_len - q_len, device=device)              # tensors: for each number it would compile anew
     far = q_len + k_len                                             # no key is
     left, right = (torch.tensor(min(n, far) if n >= 0 else far, device=device) for n in mask.sides)

@@ -85,6 +85,11 @@ class AttentionMask:
         "Is something added to the scores?"
         return self.alibi is not None or self.relative is not None
 
+    def refuse_relative(self):
+        "Raises ValueError where something is learned; called by kernels that have no gradient for it"
+        if self.relative is not None: raise ValueError("this kernel has no gradient for a learned bias, "
+                                                       "AttentionMask.relative: call attention(), which takes another")
+
     def spans(self, first:int, last:int, k_len:int) -> tuple[range, range]:
         "Keys that some query at places first … last may see, and those that each of them may see in each sentence"
         return _spans(self, first, last, k_len)

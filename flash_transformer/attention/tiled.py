@@ -152,6 +152,7 @@ def tiled_attention(
     `attention(..., backend="tiled")` checks all arguments; here only the blocks are.
     Raises ValueError for blocks below 1, and in the backward pass RuntimeError if second derivatives are asked for"""
     if min(block_q, block_k) < 1: raise ValueError(f"block_q is {block_q}, block_k {block_k}: a tile needs at least 1")
+    if mask is not None: mask.refuse_relative()
     seed = int(torch.randint(2 ** 53, ())) if dropout else 0        # so torch.manual_seed governs it
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return _Tiled.apply(q, k, v, _Task(mask, dropout, scale, seed, block_q, block_k))

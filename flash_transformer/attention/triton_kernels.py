@@ -410,6 +410,7 @@ class _TritonAttention(torch.autograd.Function):
 # %% ../../nbs/1_attention/08_triton.ipynb #6468829c
 def _rules(mask, batch, heads, q_len, k_len, device):
     mask = mask or AttentionMask()
+    mask.refuse_relative()
     left, right = (min(n, q_len + k_len) if n >= 0 else None for n in mask.sides)       # int32 must not overflow
     lengths, slopes = mask.key_lengths, mask.alibi
     if lengths is not None: lengths = lengths.to(device, torch.int32)

@@ -18,7 +18,7 @@ from .language_models import CausalLM
 @dataclass
 class SampleConfig:
     "How to choose the next word; raises ValueError for numbers that make no sense"
-    max_new: int = 200             # words to write, at most
+    max_new_tokens: int = 200      # to write, at most
     temperature: float = 1.0       # scores are divided by it; 0: always the likeliest
     top_k: int | None = None       # only so many of the likeliest
     top_p: float | None = None     # only the likeliest that together have this probability
@@ -26,10 +26,11 @@ class SampleConfig:
     seed: int = 0                  # of the draws
 
     def __post_init__(self):
-        for name in ("max_new", "top_k"):
+        for name in ("max_new_tokens", "top_k"):
             n = getattr(self, name)
             if n is not None and not isinstance(n, int): raise TypeError(f"sample.{name} is a whole number, not {n!r}")
-        if self.max_new < 1: raise ValueError(f"sample.max_new must be at least 1, not {self.max_new}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sample.max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
             raise ValueError(f"sample.temperature must be 0, or from 0.0001 up, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -67,18 +68,18 @@ def stream(
     model: CausalLM,             # in eval mode
     prompt: Tensor,              # token ids, (batch, length), int64, at least one; no padding
     config: SampleConfig | None = None,
-    end: int | None = None,      # id that ends a text; None: it goes on until max_new
+    end: int | None = None,      # id that ends a text; None: it goes on until max_new_tokens
 ) -> Iterator[Tensor]:           # the next word of each row, (batch,), int64; `end` again and again for rows that ended
     "Write on from a prompt, a word at a time. Raises ValueError for an empty prompt"
     if prompt.dim() != 2 or not prompt.numel():
         raise ValueError(f"a prompt is (batch, length), with at least one token, not {tuple(prompt.shape)}")
     config = config or SampleConfig()
-    room = prompt.shape[1] + config.max_new
+    room = prompt.shape[1] + config.max_new_tokens
     if model.config.positions == "learned": room = min(room, model.config.max_length)
     generator = torch.Generator(prompt.device).manual_seed(config.seed)
     ids, new, cache = prompt, prompt[:, -room:], model.cache(room)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for _ in range(config.max_new):
+    for _ in range(config.max_new_tokens):
         if cache[0][0].length + new.shape[1] > room: new, cache = ids[:, -max(1, room // 2):], model.cache(room)
         last = torch.zeros_like(new, dtype=torch.bool)
         last[:, -1] = True

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionMask, KeyValueCache
 from .blocks import ACTIVATIONS
+from .embeddings import Dropout
 from .transformer import Decoder, Encoder, Transformer, TransformerConfig, new_norm, to_logits
 
 # %% ../../nbs/2_transformer/05_language_models.ipynb #0f018add
@@ -103,7 +104,7 @@ class Classifier(nn.Module):
         c = self.config = _encoder_only(config, "a Classifier")
         self.recompute = False
         self.labels = [f"LABEL_{i}" for i in range(classes)] if isinstance(classes, int) else list(classes)
-        self.encoder, self.dropout = Encoder(c), nn.Dropout(c.dropout)
+        self.encoder, self.dropout = Encoder(c), Dropout(c.dropout)
         self.pool, self.output = nn.Linear(c.d_model, c.d_model), nn.Linear(c.d_model, len(self.labels))
         reset_normal(self, c)
 
