@@ -71,6 +71,8 @@ def _lengths(offsets):
 # %% ../../nbs/3_data/04_batches.ipynb #5fd67cd9
 class EncodedPairs:
     "A corpus as ids: each side one flat array of all tokens, and the offsets at which its sentences start"
+    packs = True                   # may several pairs share a row?
+
     def __init__(self,
         source:np.ndarray,         # (tokens,) uint16 or int32, x… </s> of each sentence, one after the other
         source_offsets:np.ndarray, # (pairs + 1,) int64, where each begins; the last: where the last one ends

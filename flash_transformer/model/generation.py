@@ -69,12 +69,13 @@ def stream(
     prompt: Tensor,              # token ids, (batch, length), int64, at least one; no padding
     config: SampleConfig | None = None,
     end: int | None = None,      # id that ends a text; None: it goes on until max_new_tokens
+    context: int | None = None,  # most words it looks back on; None: all, or as many as it has places for
 ) -> Iterator[Tensor]:           # the next word of each row, (batch,), int64; `end` again and again for rows that ended
     "Write on from a prompt, a word at a time. Raises ValueError for an empty prompt"
     if prompt.dim() != 2 or not prompt.numel():
         raise ValueError(f"a prompt is (batch, length), with at least one token, not {tuple(prompt.shape)}")
     config = config or SampleConfig()
-    room = prompt.shape[1] + config.max_new_tokens
+    room = min(prompt.shape[1] + config.max_new_tokens, context or 2**31)
     if model.config.positions == "learned": room = min(room, model.config.max_length)
     generator = torch.Generator(prompt.device).manual_seed(config.seed)
     ids, new, cache = prompt, prompt[:, -room:], model.cache(room)
@@ -99,6 +100,7 @@ def generate(
     prompt: Tensor,
     config: SampleConfig | None = None,
     end: int | None = None,
+    context: int | None = None,
 ) -> Tensor:         # prompt and what follows it, (batch, length + new)
     "Write on from a prompt"
-    return torch.stack([*prompt.unbind(1), *stream(model, prompt, config, end)], dim=1)
+    return torch.stack([*prompt.unbind(1), *stream(model, prompt, config, end, context)], dim=1)

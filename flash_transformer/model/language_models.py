@@ -159,7 +159,9 @@ def configuration(
 
 def build(
     config: TransformerConfig,
-) -> nn.Module:  # `CausalLM` without encoder, `MaskedLM` without decoder, else `Transformer`
+    labels: list[str] | None = None, # names of classes
+) -> nn.Module:  # `Classifier` for labels, `CausalLM` without encoder, `MaskedLM` without decoder, else `Transformer`
     "The model that a configuration describes, with its first weights"
+    if labels: return Classifier(config, labels)
     if not config.encoder_layers: return CausalLM(config)
     return Transformer(config) if config.decoder_layers else MaskedLM(config)

@@ -23,7 +23,13 @@ from tqdm.auto import tqdm
 from ..data import Batch, EncodedPairs, pack_batches, plan_batches, row_length
 from ..model import Transformer, build
 from .checkpoints import RunFolder, StopSignals, load_checkpoint, load_model, save_checkpoint
-from .optimisation import adam, batch_loss, paper_peak, warmup_inverse_sqrt
+from flash_transformer.training.optimisation import (
+    adam,
+    batch_loss,
+    paper_peak,
+    warmup_cosine,
+    warmup_inverse_sqrt,
+)
 from .precision import compile_blocks, matmul_ceiling, peak_memory, training_flops
 from flash_transformer.training.processes import (
     add_up,
@@ -47,6 +53,8 @@ class TrainConfig:
     packing: bool | None = None          # several sentences a row, so that batches have one shape; None: on CPUs only
     learning_rate: float | None = None   # peak; None for the paper's (d_model · warmup_steps)^-0.5
     warmup_steps: int = 4000             # steps of rising learning rate
+    schedule: Literal["inverse_sqrt", "cosine"] = "inverse_sqrt" # how it falls: as 1/√step, or to a tenth at the last step
+    weight_decay: float = 0.0            # of matrices and tables, a share of themselves at each step, times learning rate
     label_smoothing: float = 0.1         # ε
     clip_norm: float | None = None       # gradients longer than this are shortened to it
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto" # of the matrix products
@@ -72,12 +80,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"train.{name} must be positive, not {value}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"train.weight_decay must be 0 or more, not {self.weight_decay}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"train.label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if not 0 <= self.average <= self.keep_checkpoints:
             raise ValueError(f"train.average must be between 0 and train.keep_checkpoints "
                 f"({self.keep_checkpoints}), not {self.average}")
-        for name, known in (("precision", ("auto", "float32", "bf16", "fp16")), ("parallel", ("ddp", "fsdp"))):
+        for name, known in (("precision", ("auto", "float32", "bf16", "fp16")), ("parallel", ("ddp", "fsdp")),
+                            ("schedule", ("inverse_sqrt", "cosine"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"train.{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
 
@@ -109,7 +120,7 @@ def plan_for(
     "The batches of a window of pairs. Raises ValueError for a sentence longer than a batch"
     s, t = pairs.source_lengths, pairs.target_lengths
     longest = max(int(s.max(initial=0)), int(t.max(initial=0)))
-    if not packed or not longest or not s.any():   # a text without sources is in rows of one length as it is
+    if not (packed and pairs.packs and longest):
         return plan_batches(s, t, tokens_per_batch, seed or 0, epoch, seed is not None), None
     length = row_length(longest, tokens_per_batch)
     return pack_batches(s, t, tokens_per_batch, length, seed or 0, epoch), length
@@ -215,12 +226,17 @@ class _Stepper:
         self.bare.train()
         self._gradient(group)
         self.norm = self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.clip_norm or math.inf)
-        rate = warmup_inverse_sqrt(self.at.step + 1, self.peak, self.config.warmup_steps)
+        rate = self._rate(self.at.step + 1)
         for parameters in self.optimiser.param_groups: parameters["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.at.step += 1
         self.course.turn()
+
+    def _rate(self, step: int) -> float:
+        c = self.config
+        if c.schedule == "inverse_sqrt": return warmup_inverse_sqrt(step, self.peak, c.warmup_steps)
+        return warmup_cosine(step, self.peak, c.warmup_steps, self.last_step)
 
     def _gradient(self, group: list[np.ndarray]):
         "Add the gradient of the mean loss over all words of `group` to the parameters'"
@@ -321,7 +337,7 @@ class _Reporter(_Keeper):
         if not self.sharded: return question(self.bare) if self.main else {}
         weights = {name: full_tensor(p.detach()) for name, p in self.bare.named_parameters()} # every process takes part
         if not self.main: return {}
-        whole = build(self.bare.config).to(self.accelerator.device)
+        whole = build(self.bare.config, getattr(self.bare, "labels", None)).to(self.accelerator.device)
         whole.load_state_dict(weights, strict=False)       # not strict, since tied tables stand there once
         return question(whole)
 
@@ -337,19 +353,23 @@ class _Bounds(_Reporter):
         self.ceiling = _ceiling(self.precision, self.accelerator.device)
         if self.config.trackers: self.accelerator.init_trackers("flash_transformer")
         if not self._finished() and not self.course.plan: self.course.open()
+        self.last_step = self._last_step()
 
     def _finished(self) -> bool:
         c, at = self.config, self.at
         return (at.step >= (c.max_steps or math.inf) or at.epoch >= (c.max_epochs or math.inf)
             or at.since_best >= (c.patience or math.inf))
 
+    def _last_step(self) -> int | None:
+        "None where it cannot be told beforehand; an epoch has one plan, of as many steps each time"
+        c, steps = self.config, [self.config.max_steps]
+        if c.max_epochs and not self.course.streamed:
+            steps.append(math.ceil(len(self.course.plan) / c.accumulate) * c.max_epochs)
+        return min((n for n in steps if n), default=None)
+
     def _bar(self) -> tqdm:
         "Knows the time left where it knows the number of steps"
-        c, course, total = self.config, self.course, math.inf
-        if c.max_epochs and not course.streamed:           # an epoch has one plan, of as many steps each time
-            total = math.ceil(len(course.plan) / c.accumulate) * c.max_epochs
-        total = min(total, c.max_steps or math.inf)
-        return tqdm(total=None if total == math.inf else total, initial=self.at.step, desc="training", unit="step",
+        return tqdm(total=self.last_step, initial=self.at.step, desc="training", unit="step",
             disable=None if self.main else True)
 
 # %% ../../nbs/4_training/05_trainer.ipynb #2c546a89
@@ -380,11 +400,15 @@ class Trainer(_Bounds):
         model.recompute = config.activation_checkpointing
         if config.compile: compile_blocks(model)
         self.sharded = config.parallel == "fsdp" and self.world > 1
-        self.model, self.optimiser = distribute(model, lambda p: adam(p, self.peak), config.parallel, self.accelerator)
+        self.model, self.optimiser = distribute(model,
+            lambda p: adam(p, self.peak, config.weight_decay), config.parallel, self.accelerator)
         self.at = Progress()
         packed = is_packed(config, self.accelerator.device)
         self.course, self.meter = _Course(train, config, self.at, packed), _Meter()
         if not self.course.streamed: self.course.open()                     # raises for a pair longer than a batch
+        elif config.schedule == "cosine" and not config.max_steps:
+            raise ValueError("train.schedule cosine must know the last step, and how many an epoch of a stream has, nobody "
+                "knows: set train.max_steps")
 
     def fit(self,
         resume: bool = False, # go on from the newest checkpoint in the run folder
