@@ -35,8 +35,8 @@ TEXTS = ("text", "shakespeare")   # corpora that are one long text
 @dataclass
 class DataConfig:
     "Which corpus, and how it becomes token ids: the data section of a recipe"
-    corpus: Literal["toy", "files", "multi30k", "wmt14", "opus_books", "text", "shakespeare"] = "toy" # where text comes from
-    train: str | None = None      # prefix of aligned text files, PREFIX.en and PREFIX.de, or one file of plain text
+    corpus: Literal["toy", "files", "multi30k", "wmt14", "opus_books", "text", "shakespeare"] = "toy" # which text
+    train: str | None = None      # read in place of corpus: prefix of aligned text files, or one file of plain text
     validation: str | None = None # likewise
     test: str | None = None       # likewise
     source: str = "en"            # language to translate from
@@ -45,7 +45,7 @@ class DataConfig:
     tokenizer: Literal["bpe", "word", "char"] = "bpe" # what a token is
     vocab_size: int = 8000        # tokens of the vocabulary, or of each of the two
     joint: bool = True            # one vocabulary for both languages
-    max_length: int = 256         # training pairs with more tokens on a side are left out; windows of a text have so many
+    max_length: int = 256         # longer training pairs, on either side, are left out; windows of a text have so many tokens
     mask: float = 0.0             # text: share of its tokens that are masked, for a model that fills gaps; 0: none
     seed: int = 0                 # of a generated or split corpus
     clean: list[str] = field(default_factory=list) # rules for training pairs, in this order
