@@ -159,29 +159,42 @@ def _hold_out(pairs, seed):
     return DatasetDict({name: pairs.select(np.sort(index)) for name, index in parts.items()})
 
 # %% ../../nbs/3_data/02_corpora.ipynb #4fa2c9af
-def _load_hub(corpus, source, target, path, seed):
-    "A corpus of the hub, or of a local folder of the same layout, as source and target columns"
-    where, name = str(path or HUB[corpus]), _config(corpus, source, target)
+def _reason(error): return " ".join(str(error).split())[:200].rstrip(".")
+
+
+def _fetch(dataset, name, path, files, made):
+    "All splits of a dataset of the hub, or of a local folder of its layout; `files`, `made`: other ways to text"
+    where = str(path or dataset)
     if path is not None and not Path(path).is_dir():
-        raise FileNotFoundError(f"There is no folder {path}; path is a local copy of {HUB[corpus]}.")
+        raise FileNotFoundError(f"There is no folder {path}; path is a local copy of {dataset}.")
     # of local files `datasets` minds the names alone: give each state of them a cache of its own
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if path else []
-    try:
-        splits = load_dataset(where, name, cache_dir=str(_cache(files)) if files else None)
+    local = sorted(p for p in Path(path).rglob("*") if p.is_file()) if path else []
+    try: return load_dataset(where, name, cache_dir=str(_cache(local)) if local else None)
     except Exception as error:   # the hub's libraries raise a dozen unrelated types
-        reason = " ".join(str(error).split())[:200].rstrip(".")
         asked = f"{where}, config {name}," if name else where
         place = "this folder" if path else config.HF_ENDPOINT
         raise ConnectionError(
-            f"Could not load {asked} from {place} ({reason}). Ways out: --data.path with a local copy of that"
-            " dataset, --data.train with text files of your own, or --data.corpus toy, which needs no network."
+            f"Could not load {asked} from {place} ({_reason(error)}). Ways out: --data.path with a local copy of that"
+            f" dataset, --data.train with {files} of your own, or --data.corpus {made}, which needs no network."
         ) from error
-    splits = DatasetDict({name: _columns(pairs, source, target, where) for name, pairs in splits.items()})
+
+
+def _load_hub(corpus, source, target, path, seed):
+    "A corpus of the hub, or of a local folder of the same layout, as source and target columns"
+    splits = _fetch(HUB[corpus], _config(corpus, source, target), path, "text files", "toy")
+    splits = DatasetDict({name: _columns(pairs, source, target, path or HUB[corpus]) for name, pairs in splits.items()})
     if set(splits) == {"train"}:
         splits = _hold_out(splits["train"], seed)
     return splits
 
 # %% ../../nbs/3_data/02_corpora.ipynb #5a05a49f
+def _check_name(corpus, corpora):
+    if corpus in corpora: return
+    near = get_close_matches(str(corpus), corpora, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"There is no corpus {corpus!r}.{hint} There are: {', '.join(corpora)}.")
+
+
 def load_corpus(
     corpus:str="toy",      # toy | files | multi30k | wmt14 | opus_books
     train:str=None,        # files: PREFIX of PREFIX.en and PREFIX.de, plain or .gz; giving a prefix means files
@@ -204,10 +217,7 @@ def load_corpus(
     prefixes = {name: prefix for name, prefix in prefixes.items() if prefix is not None}
     if prefixes:
         corpus = "files"
-    if corpus not in CORPORA:
-        near = get_close_matches(str(corpus), CORPORA, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no corpus {corpus!r}.{hint} There are: {', '.join(CORPORA)}.")
+    _check_name(corpus, CORPORA)
     if source == target:
         raise ValueError(f"Source and target are both {source!r}: a translation needs two.")
     if path is not None and corpus not in HUB:

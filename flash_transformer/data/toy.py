@@ -876,6 +876,14 @@ FEATURES = Features({"source": Value("string"), "target": Value("string"),
                      "alignment": List(List(Value("int32")))})
 
 
+def _check_sizes(sizes, seed, what): # {split: how many}; what they are
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"{name} must be a number of {what}, 0 or more, but is {size!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be a whole number, but is {seed!r}")
+
+
 def toy_corpus(
     train:int=20000, # pairs
     validation:int=500, # pairs
@@ -884,14 +892,10 @@ def toy_corpus(
 ) -> DatasetDict: # columns source, target, alignment (a list of [source word, target word])
     "The made language; no English sentence occurs twice. Raises ValueError for sizes it cannot give"
     sizes = dict(train=train, validation=validation, test=test)
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ValueError(f"{name} must be a number of pairs, 0 or more, but is {size!r}")
+    _check_sizes(sizes, seed, "pairs")
     if sum(sizes.values()) > LARGEST:
         raise ValueError(f"train, validation and test ask for {sum(sizes.values()):,} pairs together; "
                          f"the toy language gives at most {LARGEST:,}: ask for fewer")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be a whole number, but is {seed!r}")
     rng, pairs = random.Random(seed), {}
     while len(pairs) < sum(sizes.values()):
         pair = sentence(rng)
