@@ -225,7 +225,7 @@ def train(
 # %% ../nbs/cli.ipynb #ccbbd1d2
 def evaluate(
     run: Path,
-    data: str | None = None, # prefix of aligned text files, for a language model one file; the recipe's own corpus if None
+    data: str | None = None, # prefix of aligned text files, or a file of plain text; the recipe's own corpus if None
     split: str | None = None, # which split of the recipe's corpus; "test" if None, of plain text "validation"
     device: str = "cpu",     # where to translate
     beam: int | None = None, # beginnings kept alive; the recipe's if None
@@ -236,8 +236,9 @@ def evaluate(
     try: config = DataConfig(**described)
     except TypeError as e: raise ValueError(f"{run / 'config.yaml'}, data: {e}") from e
     if beam is not None and config.kind != "pairs": raise ValueError(f"--beam is for translators, and {run} holds none")
-    if config.kind == "text": scores = _score_text(TextGenerator(model, tokenizers, config.max_length), config, data, split)
-    else: scores = _score_pairs(Translator(model, tokenizers, decode), config, data, split, _changes(beam))
+    if config.kind == "pairs":
+        scores = _score_pairs(Translator(model, tokenizers, decode), config, data, split, _changes(beam))
+    else: scores = _score_text(TextGenerator(model, tokenizers, config.max_length), config, data, split)
     scores.save(run / "evaluation.json")
     print(f"{scores}\nall of it in {run / 'evaluation.json'}")
 

@@ -45,7 +45,7 @@ class DataConfig:
     tokenizer: Literal["bpe", "word", "char"] = "bpe" # what a token is
     vocab_size: int = 8000        # tokens of the vocabulary, or of each of the two
     joint: bool = True            # one vocabulary for both languages
-    max_length: int = 256         # longer training pairs, on either side, are left out; windows of a text have so many tokens
+    max_length: int = 256         # longer training pairs are left out; a text is cut into windows of so many tokens
     mask: float = 0.0             # text: share of its tokens that are masked, for a model that fills gaps; 0: none
     seed: int = 0                 # of a generated or split corpus
     clean: list[str] = field(default_factory=list) # rules for training pairs, in this order

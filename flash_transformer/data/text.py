@@ -110,13 +110,14 @@ def _starts(ids, length, offset):
     "Where windows begin, and the end of the last: as many in each epoch, wherever they begin"
     windows = (len(ids) - length) // length
     if windows < 1:
-        raise ValueError(f"a text of {len(ids):,} tokens has no two windows of {length}: shorten them (data.max_length)")
+        raise ValueError(f"a text of {len(ids):,} tokens has no two windows of {length}: lower data.max_length")
     return offset + length * np.arange(windows + 1, dtype=np.int64)
 
 # %% ../../nbs/3_data/08_text.ipynb #f7211bf3
 class MaskedText(EncodedText):
-    """One long text in windows `<s> x… </s>` with gaps to be filled (Devlin et al. 2019, section 3.1): pairs with an empty
-    target, whose labels are the tokens of the gaps, and padding elsewhere. Raises `ValueError` for too short a text"""
+    """One long text in windows `<s> x… </s>` with gaps to be filled (Devlin et al. 2019, section 3.1): pairs with an
+    empty target, whose labels are the tokens of the gaps, and padding elsewhere. Raises `ValueError` for too short a
+    text"""
     file = "masked.json"
 
     def __init__(self,
@@ -129,8 +130,8 @@ class MaskedText(EncodedText):
         offset:int=0,   # of the first window, below length
         epoch:int=0,    # whose gaps these are
     ):
-        if not 0 < share < 1: raise ValueError(f"the share of masked tokens (data.mask) is between 0 and 1, not {share}")
-        if length < 3: raise ValueError(f"a window of {length} tokens (data.max_length) has no room for one between its marks")
+        if not 0 < share < 1: raise ValueError(f"data.mask, a share of the tokens, is between 0 and 1, not {share}")
+        if length < 3: raise ValueError(f"data.max_length of {length} has no room for a token between its two marks")
         starts, self.inner = _starts(ids, length - 2, offset), length - 2
         EncodedPairs.__init__(self, ids, starts, ids[:0], np.zeros(len(starts), np.int64))
         self.gaps = max(1, round(share * self.inner))

@@ -101,8 +101,8 @@ def score_text(
     generator: TextGenerator,
     text: str,
 ) -> TextScore:
-    """Cross-entropy of a text, cut into windows as in training; the first words of a window are predicted from few. Raises
-    ValueError for a text of less than two windows"""
+    """Cross-entropy of a text, cut into windows as in training; the first words of a window are predicted from few.
+    Raises ValueError for a text of less than two windows"""
     tokenizers, length = generator.tokenizers, generator.context or 512
     ids = encode_text(text, tokenizers)
     windows = EncodedText(ids, length)

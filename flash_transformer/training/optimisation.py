@@ -146,7 +146,7 @@ def warmup_cosine(
 def adam(
     parameters,           # of the model
     learning_rate: float, # of the first step; the trainer sets it anew before each
-    weight_decay: float = 0.0, # of matrices and tables: at each step they lose this times the learning rate of themselves
+    weight_decay: float = 0.0, # of matrices and tables: each step takes this times the learning rate of them
 ) -> torch.optim.AdamW:
     """Adam with the paper's β₁ 0.9, β₂ 0.98, ε 1e-9 (Vaswani et al. 2017, section 5.3); weights decay apart from the
     gradient (Loshchilov & Hutter 2019, algorithm 2), biases and norms never do"""

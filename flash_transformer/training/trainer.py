@@ -53,8 +53,8 @@ class TrainConfig:
     packing: bool | None = None          # several sentences a row, so that batches have one shape; None: on CPUs only
     learning_rate: float | None = None   # peak; None for the paper's (d_model · warmup_steps)^-0.5
     warmup_steps: int = 4000             # steps of rising learning rate
-    schedule: Literal["inverse_sqrt", "cosine"] = "inverse_sqrt" # how it falls: as 1/√step, or to a tenth at the last step
-    weight_decay: float = 0.0            # of matrices and tables, a share of themselves at each step, times learning rate
+    schedule: Literal["inverse_sqrt", "cosine"] = "inverse_sqrt" # its fall: as 1/√step, or to a tenth at the end
+    weight_decay: float = 0.0            # of matrices and tables: each step takes this times the learning rate of them
     label_smoothing: float = 0.1         # ε
     clip_norm: float | None = None       # gradients longer than this are shortened to it
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto" # of the matrix products
@@ -407,8 +407,8 @@ class Trainer(_Bounds):
         self.course, self.meter = _Course(train, config, self.at, packed), _Meter()
         if not self.course.streamed: self.course.open()                     # raises for a pair longer than a batch
         elif config.schedule == "cosine" and not config.max_steps:
-            raise ValueError("train.schedule cosine must know the last step, and how many an epoch of a stream has, nobody "
-                "knows: set train.max_steps")
+            raise ValueError("train.schedule cosine must know the last step, and nobody knows how many an epoch of a "
+                "stream has: set train.max_steps")
 
     def fit(self,
         resume: bool = False, # go on from the newest checkpoint in the run folder

@@ -101,7 +101,7 @@ def _settings(
     path: Path,             # config.yaml of a run
     sizes: dict[str, int],  # of the vocabularies
 ) -> tuple[TransformerConfig, DecodeConfig, dict]:
-    "Shape of the model, how to search, and what is said of the data; raises ValueError that names the field that is wrong"
+    "Shape of the model, how to search, what is said of the data; raises ValueError that names the field that is wrong"
     try: recipe = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as e: raise ValueError(f"{path} is damaged: {' '.join(str(e).split())}") from e
     if not isinstance(recipe, dict) or not isinstance(recipe.get("model"), dict):
@@ -157,8 +157,8 @@ def of_kind(
     held = type(opened[0]).__name__
     raise ValueError(f"{run} holds a {held}, not a {kind.__name__}: {_USES[held]}")
 
-_USES = {"Transformer": "flash-transformer translate is for it", "CausalLM": "flash-transformer sample writes with it",
-    "MaskedLM": "in Python, MaskFiller.from_run fills gaps with it", "Classifier": "flash-transformer classify is for it"}
+_USES = {"Transformer": "flash-transformer translate is for it", "CausalLM": "flash-transformer sample is for it",
+    "MaskedLM": "in Python, MaskFiller.from_run is for it", "Classifier": "flash-transformer classify is for it"}
 
 # %% ../../nbs/5_translation/02_translator.ipynb #4b494f3b
 class Translator:
