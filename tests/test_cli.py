@@ -417,4 +417,4 @@ def test_a_recipe_needs_both_stacks(stack, text, tmp_path, command):
     "said before anything is prepared"
     run = tmp_path / "run"
     status, _, said = command("train", "--config", text / "tiny.yaml", "--run", run, f"--model.{stack}_layers", "0")
-    assert status == 2 and "model.encoder_layers and decoder_layers must be at least 1" in said[-1] and not run.exists()
+    assert status == 2 and f"model.{stack}_layers must be at least 1" in said[-1] and not run.exists()

@@ -162,7 +162,7 @@ def _hold_out(pairs, seed):
 def _reason(error): return " ".join(str(error).split())[:200].rstrip(".")
 
 
-def _fetch(dataset, name, path, files, made):
+def _fetch(dataset, name, path, files, made=None):
     "All splits of a dataset of the hub, or of a local folder of its layout; `files`, `made`: other ways to text"
     where = str(path or dataset)
     if path is not None and not Path(path).is_dir():
@@ -175,7 +175,8 @@ def _fetch(dataset, name, path, files, made):
         place = "this folder" if path else config.HF_ENDPOINT
         raise ConnectionError(
             f"Could not load {asked} from {place} ({_reason(error)}). Ways out: --data.path with a local copy of that"
-            f" dataset, --data.train with {files} of your own, or --data.corpus {made}, which needs no network."
+            f" dataset, --data.train with {files} of your own"
+            f"{f', or --data.corpus {made}, which needs no network' if made else ''}."
         ) from error
 
 

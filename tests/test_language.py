@@ -1,0 +1,225 @@
+"Language models from text to what a run folder is good for: trained, resumed, asked, scored, and one line for what is wrong."
+import gzip
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from flash_transformer.data import EncodedText, TokenizerPair, encode_text, toy_corpus
+from flash_transformer.language import TextGenerator, score_text
+from flash_transformer.model import CausalLM, SampleConfig
+
+TEXT = "\n".join(toy_corpus(300, 1, 1)["train"]["source"])
+GPT = """
+data: {{corpus: text, train: {file}, tokenizer: {tokenizer}, vocab_size: 300, max_length: 32}}
+model: {{d_model: 16, d_ff: 32, heads: 2, encoder_layers: 0, decoder_layers: 1, norm: pre, positions: rotary}}
+train: {{max_steps: 20, tokens_per_batch: 256, learning_rate: 0.01, schedule: cosine, warmup_steps: 5, weight_decay: 0.1,
+        label_smoothing: 0.0, precision: float32, log_every: 2, checkpoint_every: 5, keep_checkpoints: 3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    "A text file, and a recipe for a GPT of letters and one of pieces that is trained on it"
+    folder = tmp_path_factory.mktemp("language")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    for tokenizer in ("char", "bpe"):
+        (folder / f"{tokenizer}.yaml").write_text(GPT.format(file=folder / "text.txt", tokenizer=tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(recipes, tmp_path_factory):
+    "Run folders that nobody writes into"
+    from flash_transformer.cli import main
+    runs = tmp_path_factory.mktemp("runs")
+    for name in ("char", "bpe"):
+        assert main(["train", "--config", str(recipes / f"{name}.yaml"), "--run", str(runs / name)]) == 0
+    return runs
+
+
+def wrong(result, *names):
+    status, out, said = result
+    assert status == 2 and len(said) == 1 and said[0].startswith("flash-transformer: "), said
+    for name in names: assert str(name) in said[0], said
+    assert not out
+
+
+# ---- GPT: from text to text ----
+
+def test_the_whole_way(recipes, trained, tmp_path, command, contents, metrics):
+    run, recipe = tmp_path / "run", recipes / "char.yaml"
+    status, out, _ = command("preprocess", "--config", recipe, "--run", run)
+    assert status == 0 and "training windows" in out and "prepared in" in out
+    status, out, _ = command("train", "--config", recipe, "--run", run)
+    assert status == 0 and "windows, float32 on cpu" in out and "step 20, epoch" in out
+    for name in ("config.yaml", "tokenizer.json", "model.safetensors"):
+        assert (run / name).read_bytes() == (trained / "char" / name).read_bytes(), name
+    lines = metrics(run)
+    assert all(len(line["samples"]) == 1 for line in lines if "validation_loss" in line)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert max(rates) < 0.01 + 1e-9 and rates[-1] == pytest.approx(0.001)         # a tenth at the last step
+
+
+def test_resumed_is_undisturbed(recipes, trained, tmp_path, command):
+    run = tmp_path / "run"
+    train = ("train", "--config", recipes / "bpe.yaml", "--run", run)
+    shutil.copytree(trained / "bpe", run)
+    for step in (15, 20): shutil.rmtree(run / "checkpoints" / f"{step:08d}")
+    (run / "model.safetensors").unlink()
+    assert command(*train, "--resume")[0] == 0
+    one, two = (load_file(folder / "model.safetensors") for folder in (run, trained / "bpe"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    wrong(command(*train, "--resume", "--model.d_ff", "64"), "model.d_ff")
+    wrong(command(*train), "already exists")
+
+
+@pytest.mark.parametrize("name", ["char", "bpe"])
+def test_a_sample_is_what_the_model_says(trained, command, name):
+    "Greedily: the likeliest token, one after the other, each from all the others"
+    generator = TextGenerator.from_run(trained / name)
+    prompt, ids = "the old", generator.encode("the old")
+    assert generator.tokenizers.decode_source(ids) == "\nthe old"
+    for _ in range(20):                     # 28 tokens at the most: all of them in sight
+        with torch.no_grad(): ids = [*ids, int(generator.model(torch.tensor([ids]))[0, -1].argmax())]
+    expected = generator.tokenizers.decode_source(ids)[1:]
+    assert generator.write(prompt, max_new_tokens=20, temperature=0.0) == expected
+    assert "".join(generator.stream(prompt, SampleConfig(20), temperature=0.0)) == expected.removeprefix(prompt)
+    options = ("--prompt", prompt, "--max_new_tokens", 20, "--temperature", 0)
+    assert command("sample", trained / name, *options) == (0, expected + "\n", [])
+
+
+def test_samples_are_seeded(trained, command):
+    def once(seed): return command("sample", trained / "char", "--max_new_tokens", 60, "--seed", seed)[1]
+    assert once(1) == once(1) != once(2) and len(once(1)) > 50
+
+
+def test_it_looks_back_on_its_windows_only(trained):
+    "Beyond 32 tokens the oldest are forgotten, and writing goes on"
+    generator = TextGenerator.from_run(trained / "char")
+    assert generator.context == 32
+    assert len(generator.write("the ", max_new_tokens=100)) > 80
+    long = "she sees the old house. " * 20
+    assert generator.write(long, max_new_tokens=5, seed=3).startswith(long)
+
+
+def test_pieces_of_letters_are_whole(trained):
+    "Byte-level tokens cut characters: what is streamed is whole characters, and nothing is lost"
+    generator = TextGenerator.from_run(trained / "bpe")
+    text = "für 東京 🙂 ë"
+    ids = generator.tokenizers.encode_inner(text)
+    assert any("\ufffd" in generator.tokenizers.decode_source(ids[:n]) for n in range(len(ids)))
+
+    class Parrot(torch.nn.Module):         # says these ids, one after the other
+        def __init__(self):
+            super().__init__()
+            self.config, self.weight = generator.model.config, torch.nn.Parameter(torch.zeros(1))
+        def cache(self, n): return generator.model.cache(n)
+        def forward(self, ids, cache, keep):
+            self.said = getattr(self, "said", -1) + 1
+            logits = torch.zeros(1, self.config.target_vocab_size)
+            logits[0, spoken[self.said]] = 1
+            return logits
+    spoken = ids
+    parrot = TextGenerator(Parrot(), generator.tokenizers)
+    pieces = list(parrot.stream("a ", max_new_tokens=len(ids), temperature=0.0))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_score_is_the_mean_over_the_text(trained, tmp_path, command):
+    "Against cross-entropy written out window by window, and characters counted in the text itself"
+    generator, text = TextGenerator.from_run(trained / "bpe"), TEXT[:3000]
+    ids = torch.from_numpy(encode_text(text, generator.tokenizers).astype(np.int64))
+    count = len(ids) // 32 - 1                 # whole windows, but for one that an epoch's offset may need
+    windows = ids[:32 * count].view(count, 32), ids[1:32 * count + 1].view(count, 32)
+    with torch.no_grad(): logits = generator.model(windows[0])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[1].flatten())
+    found = score_text(generator, text)
+    assert found.loss == pytest.approx(float(expected), abs=1e-5) and found.tokens == 32 * count
+    predicted = generator.tokenizers.decode_source(ids[:32 * count + 1].tolist())
+    assert abs(found.characters - len(predicted)) <= 8                        # all but those of the first token
+    (tmp_path / "text.txt").write_text(text)
+    run = shutil.copytree(trained / "bpe", tmp_path / "run")
+    status, out, _ = command("evaluate", run, "--data", tmp_path / "text.txt")
+    assert status == 0 and f"{found.loss:.4f} nats a token" in out
+    saved = json.loads((run / "evaluation.json").read_text())
+    assert saved["per_character"] == pytest.approx(found.loss * found.tokens / found.characters)
+    status, out, _ = command("evaluate", run)
+    held_out = score_text(generator, TEXT[len(TEXT) * 9 // 10:])
+    assert status == 0 and f"perplexity {math.exp(held_out.loss):.3f}" in out
+
+
+def test_gzipped_text_and_a_text_to_validate_on(recipes, tmp_path, command, metrics):
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file: file.write(TEXT)
+    (tmp_path / "b.txt").write_text(TEXT[:2000])
+    status, out, _ = command("train", "--config", recipes / "char.yaml", "--run", tmp_path / "run", "--train.max_steps", 5,
+        "--data.train", tmp_path / "a.txt.gz", "--data.validation", tmp_path / "b.txt")
+    assert status == 0 and "step 5" in out
+
+
+def test_shakespeare_in_the_layout_of_the_hub(recipes, tmp_path, command):
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for split, text in (("train", TEXT), ("validation", TEXT[:900]), ("test", TEXT[900:1800])):
+        Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
+    status, out, said = command("train", "--config", recipes / "char.yaml", "--run", tmp_path / "run",
+        "--data.corpus", "shakespeare", "--data.train", "null", "--data.path", tmp_path / "hub", "--train.max_steps", 5)
+    assert status == 0, said
+    windows = EncodedText(encode_text(TEXT, TokenizerPair.load(tmp_path / "run")), 32)
+    assert f"{len(windows):,} windows" in out
+
+
+# ---- one line for what is wrong ----
+
+@pytest.mark.parametrize("options, names", [
+    ("--data.train /nowhere/text.txt", "/nowhere/text.txt"),
+    ("--data.train null", "--data.train"),
+    ("--model.encoder_layers 1", "model.encoder_layers must be 0"),
+    ("--model.decoder_layers 0", "decoder_layers"),
+    ("--data.max_length 3000", "data.max_length"),
+    ("--data.mask 0.15", "model.decoder_layers must be 0"),
+    ("--data.mask 1.5 --model.encoder_layers 1 --model.decoder_layers 0", "data.mask"),
+    ("--data.streaming true", "data.streaming"),
+    ("--data.clean [empty]", "data.clean"),
+    ("--train.schedule linear", "train.schedule"),
+    ("--train.weight_decay -1", "train.weight_decay"),
+    ("--data.corpus toy --data.train null --data.mask 0.1", "data.mask"),
+])
+def test_recipe_that_is_wrong(recipes, tmp_path, command, options, names):
+    "said before anything is left on the disk"
+    run = tmp_path / "run"
+    wrong(command("train", "--config", recipes / "char.yaml", "--run", run, *options.split()), names)
+    assert not (run / "config.yaml").exists() and not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("options, names", [("--temperature -1", "temperature"), ("--top_p 2", "top_p"),
+    ("--max_new_tokens 0", "max_new_tokens"), ("--prompt 東", "'東'"), ("--device cuda:77", "cuda:77")])
+def test_sample_that_is_wrong(trained, command, options, names):
+    wrong(command("sample", trained / "char", *options.split()), names)
+
+
+def test_commands_for_other_models(trained, finished, command):
+    "Each says what the run is for"
+    wrong(command("translate", trained / "char", stdin=b"a dog\n"), "CausalLM", "flash-transformer sample")
+    wrong(command("sample", finished), "Transformer", "flash-transformer translate")
+    wrong(command("evaluate", trained / "char", "--beam", "3"), "--beam")
+    wrong(command("evaluate", trained / "char", "--split", "test"), "no test split")
+    with pytest.raises(ValueError, match="holds a Transformer"): TextGenerator.from_run(finished)
+
+
+def test_dry_run_is_for_translators(recipes, tmp_path, command):
+    status, _, said = command("train", "--config", recipes / "char.yaml", "--run", tmp_path / "run", "--dry-run")
+    assert status == 2 and "dry" in said[-1] and not (tmp_path / "run").exists()
+
+
+def test_a_generator_takes_a_model_at_hand(trained):
+    generator = TextGenerator.from_run(trained / "char")
+    assert isinstance(generator.model, CausalLM) and not generator.model.training
+    again = TextGenerator(generator.model.train(), generator.tokenizers)
+    assert again.write("a", max_new_tokens=3, seed=1) == generator.write("a", max_new_tokens=3, seed=1)
