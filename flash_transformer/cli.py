@@ -353,8 +353,9 @@ def _parser() -> ArgumentParser:
                 help="check everything but the training: corpus, memory, disk, hours expected on this machine")
         if function is evaluate:
             sub.add_argument("--data", type=str | None,
-                help="prefix of aligned text files, as in DATA.en and DATA.de; else the recipe's corpus")
-            sub.add_argument("--split", type=str, default="test", help="split of the recipe's corpus")
+                help="prefix of aligned text files, as in DATA.en and DATA.de, or one text; else the recipe's corpus")
+            sub.add_argument("--split", type=str | None,
+                help="split of the recipe's corpus; else test, of plain text validation")
         if function in (evaluate, translate):
             sub.add_argument("--beam", type=int | None,
                 help="beginnings kept alive, 1 for greedy search; else the recipe's")

@@ -1,4 +1,4 @@
-"Language models from text to what a run folder is good for: trained, resumed, asked, scored, and one line for what is wrong."
+"Language models: trained, resumed, asked and scored from the command line, and one line for what is wrong."
 import gzip
 import json
 import math
@@ -18,8 +18,8 @@ TEXT = "\n".join(toy_corpus(300, 1, 1)["train"]["source"])
 GPT = """
 data: {{corpus: text, train: {file}, tokenizer: {tokenizer}, vocab_size: 300, max_length: 32}}
 model: {{d_model: 16, d_ff: 32, heads: 2, encoder_layers: 0, decoder_layers: 1, norm: pre, positions: rotary}}
-train: {{max_steps: 20, tokens_per_batch: 256, learning_rate: 0.01, schedule: cosine, warmup_steps: 5, weight_decay: 0.1,
-        label_smoothing: 0.0, precision: float32, log_every: 2, checkpoint_every: 5, keep_checkpoints: 3}}
+train: {{max_steps: 20, tokens_per_batch: 256, learning_rate: 0.01, schedule: cosine, warmup_steps: 5,
+        weight_decay: 0.1, label_smoothing: 0.0, precision: float32, log_every: 2, checkpoint_every: 5, keep_checkpoints: 3}}
 """
 
 
@@ -147,8 +147,9 @@ def test_score_is_the_mean_over_the_text(trained, tmp_path, command):
     assert abs(found.characters - len(predicted)) <= 8                        # all but those of the first token
     (tmp_path / "text.txt").write_text(text)
     run = shutil.copytree(trained / "bpe", tmp_path / "run")
-    status, out, _ = command("evaluate", run, "--data", tmp_path / "text.txt")
-    assert status == 0 and f"{found.loss:.4f} nats a token" in out
+    status, out, said = command("evaluate", run, "--data", tmp_path / "text.txt")
+    assert status == 0, said
+    assert f"{found.loss:.4f} nats a token" in out
     saved = json.loads((run / "evaluation.json").read_text())
     assert saved["per_character"] == pytest.approx(found.loss * found.tokens / found.characters)
     status, out, _ = command("evaluate", run)
@@ -159,8 +160,8 @@ def test_score_is_the_mean_over_the_text(trained, tmp_path, command):
 def test_gzipped_text_and_a_text_to_validate_on(recipes, tmp_path, command, metrics):
     with gzip.open(tmp_path / "a.txt.gz", "wt") as file: file.write(TEXT)
     (tmp_path / "b.txt").write_text(TEXT[:2000])
-    status, out, _ = command("train", "--config", recipes / "char.yaml", "--run", tmp_path / "run", "--train.max_steps", 5,
-        "--data.train", tmp_path / "a.txt.gz", "--data.validation", tmp_path / "b.txt")
+    status, out, _ = command("train", "--config", recipes / "char.yaml", "--run", tmp_path / "run",
+        "--train.max_steps", 5, "--data.train", tmp_path / "a.txt.gz", "--data.validation", tmp_path / "b.txt")
     assert status == 0 and "step 5" in out
 
 
