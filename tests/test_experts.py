@@ -1,14 +1,39 @@
-"The mixture of experts against a loop over tokens, linear attention against its quadratic form, and what both refuse."
+"""The mixture of experts against a loop over tokens, models with it against dense ones and Mixtral; linear attention
+against its quadratic form; and what both refuse."""
 import copy
 import math
+import os
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from launch import launch
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from flash_transformer.data import PAD, EncodedPairs, TokenizerPair, toy_corpus
+from flash_transformer.model import (
+    CausalLM,
+    Transformer,
+    TransformerConfig,
+    build,
+    configuration,
+    mean_balance,
+    save_pretrained,
+)
 from flash_transformer.model.experts import MixtureOfExperts, balance_loss, linear_attention, linear_attention_steps
+from flash_transformer.training import (
+    TrainConfig,
+    Trainer,
+    adam,
+    compile_blocks,
+    distribute,
+    full_tensor,
+    start_accelerator,
+    synchronise,
+)
 
 
 def exact(a, b): assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -102,6 +127,15 @@ def test_balance():
     assert gradient.abs().max() > 0
 
 
+def test_capacity_is_for_training():
+    layer, x = mixture(capacity=0.3), draw(9, 6)
+    narrow = layer(x)
+    wide = layer.eval()(x)
+    layer.capacity = None
+    exact(wide, layer.train()(x))
+    assert (wide - narrow).abs().max() > 0.01
+
+
 def test_capacity_turns_the_last_away():
     layer, x = mixture(experts=4, top_k=1, capacity=1), draw(8, 6).abs()
     with torch.no_grad(): layer.router.weight.copy_(torch.tensor([[0.], [1], [0], [0]]).expand(4, 6))
@@ -143,6 +177,255 @@ def test_can_be_copied_after_a_pass():
     exact(twin(x), out)
     exact(twin.balance, layer.balance)
 
+
+# ---- a switch of every model ----
+
+SMALL = dict(d_model=12, d_ff=20, heads=2, norm="pre", dropout=0.0, positions="rotary")
+MODELS = {
+    "Transformer": dict(encoder_layers=2, decoder_layers=2, source_vocab_size=30, target_vocab_size=30),
+    "CausalLM": dict(encoder_layers=0, decoder_layers=2, target_vocab_size=30),
+    "MaskedLM": dict(encoder_layers=2, decoder_layers=0, source_vocab_size=30)}
+
+
+def model_of(kind, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = build(TransformerConfig(**SMALL | MODELS[kind] | changes)).double()
+    assert type(model).__name__ == kind
+    return model
+
+
+def read(model, seed=1, rows=3):
+    "Logits, of something to read"
+    ids = torch.randint(4, 30, (rows, 9), generator=torch.Generator().manual_seed(seed))
+    lengths = torch.tensor([9, 4, 7, 8])[:rows]
+    if isinstance(model, Transformer): return model(ids, lengths, ids.flip(1))
+    return model(ids) if isinstance(model, CausalLM) else model(ids, lengths)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_expert_is_none(kind, gated):
+    "Its probability is 1, so there is nothing that the router could learn"
+    changes = dict(activation="silu", gated=gated, bias=not gated)
+    dense, model = model_of(kind, **changes), model_of(kind, 1, experts=1, experts_per_token=1, **changes)
+    def ours(name): return name.replace("feed_forward.", "feed_forward.experts.0.")
+    missing = model.load_state_dict({ours(name): p for name, p in dense.state_dict().items()}, strict=False)
+    assert not missing.unexpected_keys and all(name.endswith("router.weight") for name in missing.missing_keys)
+    out, right = read(model), read(dense)
+    exact(out, right)
+    for x in (out, right): x.sin().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in dense.named_parameters(): exact(gradients.pop(ours(name)), p.grad)
+    assert gradients.keys() == {*missing.missing_keys} and all((g == 0).all() for g in gradients.values())
+    exact(mean_balance(model).item(), 1.)
+    assert mean_balance(dense) == 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_first_weights(kind):
+    "Each expert is drawn as a lone network is, and none like another; the router small"
+    changes = dict(d_model=64, d_ff=96, gated=True)
+    weights = dict(model_of(kind, experts=4, **changes).named_parameters())
+    stack = next(name.partition(".")[0] for name in weights)
+    lone = dict(model_of(kind, **changes).named_parameters())
+    assert 0.018 < weights[f"{stack}.blocks.0.feed_forward.router.weight"].std() < 0.022
+    for layer in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        right = lone[f"{stack}.blocks.0.feed_forward.{layer}"]
+        parts = [weights[f"{stack}.blocks.0.feed_forward.experts.{e}.{layer}"] for e in range(4)]
+        for part in parts: assert_close(part.std(), right.std(), rtol=0.04, atol=0)
+        assert layer.endswith("bias") or not torch.equal(parts[0], parts[1])
+        for part in parts: assert_close(part.abs().max(), right.abs().max(), rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("experts", [dict(), dict(experts_per_token=1, expert_capacity=0.7)])
+def test_computed_again(kind, experts):
+    "`recompute` changes no gradient of logits or balance, and leaves the balance of the forward pass"
+    found = []
+    for recompute in (False, True):
+        model = model_of(kind, experts=3, dropout=0.3, **experts)
+        model.recompute = recompute
+        torch.manual_seed(5)
+        out, balance = read(model).sin().sum(), mean_balance(model)
+        layers = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+        before = [layer.balance for layer in layers]
+        (out + balance).backward()
+        assert all(layer.balance is b for layer, b in zip(layers, before))
+        found.append([out, balance, *(p.grad for p in model.parameters())])
+    exact(found[1], found[0])
+
+
+@pytest.mark.long
+def test_compiled():
+    "An expert with no token, with one, with many: a graph each, and gradients as without"
+    models = [model_of("CausalLM", experts=6, positions="none") for _ in range(2)]
+    compile_blocks(models[1])
+    torch._dynamo.reset()
+    for rows in (3, 1, 2, 3):
+        found = []
+        for model in models:
+            model.zero_grad()
+            out = read(model, seed=rows, rows=rows).sin().sum() + mean_balance(model)
+            out.backward()
+            found.append([out, *(p.grad for p in model.parameters())])
+        exact(found[1], found[0])
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_is_no_published_model(tmp_path):
+    model = CausalLM(configuration("modern", d_model=24, heads=2, kv_heads=1, decoder_layers=1, experts=4))
+    with pytest.raises(ValueError, match="this is no llama: it has experts 4"):
+        save_pretrained(model, tmp_path / "new", "llama")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- Mixtral ----
+
+@pytest.fixture
+def mixtral(monkeypatch):
+    "Theirs, random, in float64; norms, angles and the router's softmax are float32 there, and here are not"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    torch.manual_seed(0)
+    model = mixtral.MixtralForCausalLM(mixtral.MixtralConfig(vocab_size=61, hidden_size=24, intermediate_size=40,
+        num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, num_local_experts=5, rms_norm_eps=1e-5,
+        num_experts_per_tok=2, attn_implementation="sdpa",                      # eager: its softmax is in float32
+        experts_implementation="eager")).double().eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, 0.3)
+
+    def norm(self, x): return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+    def angles(self, x, position_ids):
+        base = self.config.rope_parameters["rope_theta"]
+        angle = (position_ids[..., None] * base ** -(torch.arange(0, 4, 2, dtype=torch.float64) / 4)).repeat(1, 1, 2)
+        return angle.cos(), angle.sin()
+    monkeypatch.setattr(mixtral.MixtralRMSNorm, "forward", norm)
+    monkeypatch.setattr(mixtral.MixtralRotaryEmbedding, "forward", angles)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    return model
+
+
+def counterparts(ours, theirs):
+    "Parameters of ours and of theirs that hold the same numbers in the same order"
+    yield [ours.decoder.embedding.tokens.weight], [theirs.model.embed_tokens.weight]
+    yield [ours.decoder.norm.weight, ours.output.weight], [theirs.model.norm.weight, theirs.lm_head.weight]
+    for block, layer in zip(ours.decoder.blocks, theirs.model.layers):
+        yield [block.self_attention.in_proj.weight], [getattr(layer.self_attn, f"{x}_proj").weight for x in "qkv"]
+        yield [block.self_attention.out_proj.weight], [layer.self_attn.o_proj.weight]
+        yield ([residual.norm.weight for residual in block.residuals],
+               [layer.input_layernorm.weight, layer.post_attention_layernorm.weight])
+        mixture, mlp = block.feed_forward, layer.mlp
+        yield [mixture.router.weight], [mlp.gate.weight]
+        yield [expert[0].weight for expert in mixture.experts], [mlp.experts.gate_up_proj]
+        yield [expert[2].weight for expert in mixture.experts], [mlp.experts.down_proj]
+
+
+def flat(tensors): return torch.cat([t.flatten() for t in tensors])
+
+
+def test_is_mixtral(mixtral):
+    "The whole model: logits and every gradient; and what it writes, which it does with a cache"
+    model = CausalLM(configuration("modern", d_model=24, d_ff=40, heads=6, kv_heads=2, decoder_layers=2, experts=5,
+        norm_epsilon=1e-5, rotary_base=1e6, tie_embeddings="none", target_vocab_size=61)).double().eval()
+    pairs = [*counterparts(model, mixtral)]
+    for side, whole in enumerate((model, mixtral)):
+        assert {p for pair in pairs for p in pair[side]} == {*whole.parameters()}
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            for p, values in zip(ours, flat(theirs).split([p.numel() for p in ours])): p.copy_(values.view_as(p))
+    ids = torch.randint(61, (3, 17), generator=torch.Generator().manual_seed(1))
+    logits, right = model(ids), mixtral(ids).logits
+    assert right.std() > 0.1
+    exact(logits, right)
+    for x in (logits, right): (x * draw(*x.shape)).sum().backward()
+    for ours, theirs in pairs: exact(flat(p.grad for p in ours), flat(p.grad for p in theirs))
+    with torch.no_grad():
+        cache = model.cache(17)
+        exact(torch.cat([model(part, cache) for part in ids.split([9, 1, 1, 4, 2], dim=1)], dim=1), right)
+
+
+# ---- in training ----
+
+@pytest.fixture(scope="module")
+def corpus():
+    texts = toy_corpus(60, 0, 0)["train"]
+    tokenizers = TokenizerPair.train(texts, "bpe", 300)
+    return EncodedPairs.encode(texts, tokenizers), tokenizers.source_size
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("strength", [0., 0.01, 2.])
+def test_a_step_has_the_second_loss(corpus, tmp_path, strength, recompute):
+    "As much of it as a batch has of the words; what is logged as the loss is without it"
+    pairs, size = corpus
+    model = model_of("Transformer", experts=4, source_vocab_size=size, target_vocab_size=size)
+    config = TrainConfig(max_steps=1, balance=strength, precision="float32", learning_rate=1e-3, packing=False,
+        activation_checkpointing=recompute)
+    parts = [np.arange(0, 2), np.arange(2, 30), np.arange(30, 37)]
+    twin, words = copy.deepcopy(model), sum(int(pairs.target_lengths[part].sum()) for part in parts)
+    trainer = Trainer(model, pairs, pairs, config, tmp_path)
+    trainer.course.open()
+    trainer._gradient(parts)
+    loss, balance = 0., 0.
+    for part in parts:
+        batch = pairs.batch(part)
+        logits = twin(batch.source, batch.source_lengths, batch.target).flatten(0, 1)
+        loss = loss + F.cross_entropy(logits, batch.labels.flatten(), ignore_index=PAD, label_smoothing=0.1,
+            reduction="sum") / words
+        layers = [*twin.encoder.blocks, *twin.decoder.blocks]
+        balance = balance + batch.tokens / words * sum(block.feed_forward.balance for block in layers) / 4
+    (loss + strength * balance).backward()
+    for p, q in zip(model.parameters(), twin.parameters()): assert_close(p.grad, q.grad, rtol=0, atol=1e-12)
+    line = trainer.meter.read(1.)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    assert line["balance"] == pytest.approx(balance.item(), rel=1e-12)
+
+
+def test_trains(corpus, tmp_path):
+    "Evenly, with a strong second loss, where the first weights are not even; and less so without one"
+    pairs, size = corpus
+    found = []
+    for strength in (0., 1.):
+        model = model_of("Transformer", experts=4, experts_per_token=1, source_vocab_size=size, target_vocab_size=size)
+        with torch.no_grad():
+            for m in model.modules():
+                if isinstance(m, MixtureOfExperts): m.router.weight[0] += 0.1
+        config = TrainConfig(max_steps=15, balance=strength, precision="float32", learning_rate=1e-2, warmup_steps=5,
+            tokens_per_batch=1000, log_every=1)
+        Trainer(model.float(), pairs, pairs, config, tmp_path / f"{strength}").fit()
+        found.append(mean_balance(model.eval()).item())
+    assert found[1] < 1.1 < found[0]
+
+
+@pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf])
+def test_no_such_weight(wrong):
+    with pytest.raises(ValueError, match="balance must be 0 or more, not"): TrainConfig(max_steps=1, balance=wrong)
+
+
+def lonely(parallel): # each of two processes has texts of one word, and not all experts read it
+    accelerator = start_accelerator("float32")
+    model = model_of("CausalLM", experts=5, positions="none")
+    wrapped, _ = distribute(model, lambda p: adam(p, 1e-3), parallel, accelerator)
+    world, rank, read = accelerator.num_processes, accelerator.process_index, [0] * 5
+    def count(e): return lambda module, args, out: read.__setitem__(e, read[e] + len(args[0]))
+    for e, expert in enumerate(model.decoder.blocks[0].feed_forward.experts): expert.register_forward_hook(count(e))
+    mine = torch.tensor([[5] * 6, [6] * 6, [7] * 6, [8] * 6])[rank::world]
+    for i, row in enumerate(mine, 1):
+        with synchronise(wrapped, i == len(mine)): (wrapped(row[None]).sin().sum() + mean_balance(model)).backward()
+    return {name: full_tensor(p.grad) * world for name, p in model.named_parameters()}, read
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_expert_without_work_in_a_process(parallel):
+    "Nobody waits for its gradient, and it is the others'"
+    right, read = lonely(parallel)
+    assert sum(read) == 2 * 24
+    for found, read in launch(2, partial(lonely, parallel)):
+        assert sum(read) == 2 * 12 and 0 in read
+        exact(found, right)
+
+
+# ---- attention without a softmax ----
 
 def written_out(q, k, v, causal):
     weights = (F.elu(q) + 1) @ (F.elu(k) + 1).mT

@@ -272,6 +272,10 @@ BAD = {
     "negative dropout": (dict(dropout=-0.1), "dropout"),
     "dropout not a number": (dict(attention_dropout=math.nan), "attention_dropout must be"),
     "norm": (dict(norm="middle"), "norm is .* not 'middle'"),
+    "no experts": (dict(experts=0), "experts must be at least 1, not 0"),
+    "more experts than there are": (dict(experts=3, experts_per_token=4), "must be at most experts, but 4 .* than 3"),
+    "no expert a token": (dict(experts=3, experts_per_token=0), "experts_per_token must be at least 1, not 0"),
+    "no capacity": (dict(experts=3, expert_capacity=0), "expert_capacity must be above 0, not 0"),
     "ties": (dict(tie_embeddings="source"), "tie_embeddings is .* not 'source'"),
     "ties of unequal tables": (dict(source_vocab_size=10, target_vocab_size=11), "sizes are 10 and 11: use .*joint"),
 }
@@ -371,6 +375,7 @@ SWITCHES = {
     "grouped": dict(kv_heads=2), "wide heads": dict(head_dim=14, attention_scale=1.0),
     "embedding": dict(scale_embeddings=False, embedding_norm=True, token_types=2),
     "output bias": dict(output_bias=True), "inputs tied": dict(tie_embeddings="inputs"),
+    "experts": dict(experts=3), "switch": dict(experts=3, experts_per_token=1, expert_capacity=1.0),
 }
 
 
@@ -408,9 +413,9 @@ def test_computed_again(name):
         model.recompute = recompute
         out = model(PAIRS[:1], torch.tensor([9]), PAIRS[1:], segments=segments if packed else None)
         (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
     for some, other in (gradients[:2], gradients[2:]): assert_close(some, other, rtol=0, atol=1e-12)
-    assert all(g is not None and g.abs().max() > 0 for g in gradients[0])
+    assert all(g is not None and (g.abs().max() > 0 or ".experts." in n) for n, g in gradients[0].items())  # one idle
 
 
 @pytest.mark.parametrize("name", SWITCHES)

@@ -47,9 +47,9 @@ def trained(prepared, tmp_path_factory):
     return trained
 
 
-def fit(prepared, run, world, accumulate, parallel, dtype="float64", resume=False, **changes):
+def fit(prepared, run, world, accumulate, parallel, dtype="float64", resume=False, shape=SHAPE, **changes):
     train = TRAIN | {"accumulate": accumulate, "parallel": parallel} | changes
-    ranks = processes(world, children.fit, prepared / "data", run, resume, dtype, SHAPE, train,
+    ranks = processes(world, children.fit, prepared / "data", run, resume, dtype, shape, train,
                       output=run.parent / "log")
     for rank, child in enumerate(ranks):
         assert wait(child) == 0, (run.parent / f"log.{rank}.err").read_text()
@@ -95,6 +95,17 @@ CASES = [(2, 2, "ddp"), (2, 4, "fsdp"), (4, 4, "ddp"), (4, 4, "fsdp")]
         (2, 2, "fsdp"), (2, 4, "ddp"), (4, 8, "ddp"), (4, 8, "fsdp"), (3, 4, "ddp"), (3, 4, "fsdp"), (3, 8, "fsdp")]])
 def test_as_one_process(trained, metrics, world, accumulate, parallel):
     as_one(trained(world, accumulate, parallel), trained(1, accumulate), metrics)
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
+def test_experts_as_one_process(prepared, metrics, tmp_path, parallel):
+    "Their second loss is a mean over a batch, whoever has it: it weighs as much as the batch has words"
+    for run, world in (("one", 1), ("two", 2)):
+        fit(prepared, tmp_path / run, world, 3, parallel, shape=SHAPE | {"experts": 4}, max_steps=20, balance=0.3)
+    as_one(tmp_path / "two", tmp_path / "one", metrics, step=20)
+    found, right = (logged(metrics, tmp_path / run, "balance") for run in ("two", "one"))
+    torch.testing.assert_close(found, right, rtol=1e-13, atol=0)
+    assert len(right) == 20 and right.min() > 0.9
 
 
 @pytest.mark.parametrize("world, parallel", [(2, "fsdp"), pytest.param(4, "ddp", marks=pytest.mark.long)])

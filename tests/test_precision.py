@@ -79,7 +79,8 @@ def test_auto_elsewhere(monkeypatch):
 # ---- counted ----
 
 @pytest.mark.parametrize("changes", [{}, dict(norm="pre", tie_embeddings="none", target_vocab_size=45),
-                                     dict(d_model=32, d_ff=16, heads=4, encoder_layers=3, decoder_layers=1)])
+                                     dict(d_model=32, d_ff=16, heads=4, encoder_layers=3, decoder_layers=1),
+                                     dict(experts=5, gated=True), dict(experts=3, experts_per_token=1)])
 def test_flops_are_those_that_pytorch_counts(changes):
     "Pair by pair, as real tokens count; by plain products, since PyTorch's counter skips the fused kernel of CPUs"
     model, pairs, total = make(**changes), [(7, 9), (13, 4), (1, 1), (5, 5)], 0

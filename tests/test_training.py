@@ -79,12 +79,14 @@ def make(corpus, tmp_path):
     "A trainer into a folder of this name"
     train, validation, size = corpus
 
-    def make(name="run", dropout=0.0, kind=Trainer, on_validation=None, seed=0, train=train, **changes):
+    def make(name="run", dropout=0.0, kind=Trainer, on_validation=None, seed=0, train=train, experts=None,
+             **changes):
         config = TrainConfig(**dict(max_steps=12, tokens_per_batch=700, warmup_steps=5, learning_rate=3e-3, log_every=1,
                                     checkpoint_every=4, keep_checkpoints=9, precision="float32", seed=3) | changes)
         torch.manual_seed(seed)
         model = Transformer(TransformerConfig(d_model=16, d_ff=32, heads=2, encoder_layers=1, decoder_layers=1,
-            norm="pre", dropout=dropout, attention_dropout=dropout, source_vocab_size=size, target_vocab_size=size))
+            norm="pre", dropout=dropout, attention_dropout=dropout, source_vocab_size=size, target_vocab_size=size,
+            experts=experts))
         return kind(model, train, validation, config, tmp_path / name, on_validation)
     return make
 
@@ -529,15 +531,17 @@ def test_a_stop_leaves_no_trace_in_the_result(make, losses, average):
     same(final(again), final(whole))
 
 
-@pytest.mark.parametrize("stop", [3, 11])
-def test_a_stop_leaves_no_trace_in_the_metrics(make, metrics, stop):
+@pytest.mark.parametrize("stop, experts", [(3, None), (11, None), (3, 3)])
+def test_a_stop_leaves_no_trace_in_the_metrics(make, metrics, stop, experts):
     "In the middle of what a line of metrics tells of"
-    whole = make("whole", log_every=5, dropout=0.3)
+    def noisy(*args, **more): return make(*args, log_every=5, dropout=0.3, experts=experts, **more)
+    whole = noisy("whole")
     whole.fit()
-    stopped = make("stopped", log_every=5, dropout=0.3, kind=Interrupted)
+    assert all(("balance" in line) == (experts is not None) for line in metrics(whole.run.path) if "loss" in line)
+    stopped = noisy("stopped", kind=Interrupted)
     stopped.when = stop
     with pytest.raises(KeyboardInterrupt): stopped.fit()
-    make("stopped", log_every=5, dropout=0.3, seed=9).fit(resume=True)
+    noisy("stopped", seed=9).fit(resume=True)
     assert timeless(metrics(stopped.run.path)) == timeless(metrics(whole.run.path))
 
 

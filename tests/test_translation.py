@@ -332,7 +332,8 @@ def test_evaluate_takes_a_dataset(translator):
 # ---- models with other switches ----
 
 @pytest.mark.parametrize("changes", [dict(positions="rotary"), dict(positions="relative", attention_scale=1.0),
-    dict(normalization="rms", bias=False), dict(activation="silu", gated=True), dict(window=4), dict(output_bias=True)])
+    dict(normalization="rms", bias=False), dict(activation="silu", gated=True), dict(window=4), dict(output_bias=True),
+    dict(experts=3, expert_capacity=0.5)])
 def test_a_model_that_fast_decoding_does_not_know(changes, translator):
     "is searched by the plain functions, in its own precision; others are refused with the switch's name"
     tokenizers, name = translator.tokenizers, next(iter(changes))

@@ -25,7 +25,7 @@ def reset_normal(model: nn.Module, c: TransformerConfig):
         if isinstance(module, nn.Linear) and module.bias is not None: nn.init.zeros_(module.bias)
     if c.norm == "post": return
     for name, p in model.named_parameters():
-        if name.endswith(("out_proj.weight", "feed_forward.2.weight")):
+        if name.endswith("out_proj.weight") or "feed_forward." in name and name.endswith(".2.weight"):   # experts, too
             nn.init.normal_(p, std=0.02 * (2 * (c.encoder_layers + c.decoder_layers)) ** -0.5)
 
 # %% ../../nbs/2_transformer/05_language_models.ipynb #07069c8e

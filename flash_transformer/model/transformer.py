@@ -8,6 +8,7 @@ __all__ = ['POSITIONS', 'TransformerConfig', 'Encoder', 'Decoder', 'places', 'Tr
 
 # %% ../../nbs/2_transformer/04_transformer.ipynb #3b3ca739
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..attention import AttentionMask, KeyValueCache, MultiHeadAttention
 from .blocks import ACTIVATIONS, DecoderBlock, EncoderBlock, FeedForward, Residual, RMSNorm
 from .embeddings import Embedding
+from .experts import MixtureOfExperts
 from .positions import PositionBias, Rotary
 
 # %% ../../nbs/2_transformer/04_transformer.ipynb #308c5355
@@ -49,6 +51,9 @@ class TransformerConfig:
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu" # between the maps of the feed-forward network
     gated: bool = False            # feed-forward: a second map decides how much passes (with silu: SwiGLU)
     bias: bool = True              # do linear maps and layer norms have one?
+    experts: int | None = None     # feed-forward networks of every block, of which a token uses some; null: one
+    experts_per_token: int = 2     # how many it uses
+    expert_capacity: float | None = None # in training, the most tokens of an expert, in even shares; null: no limit
     positions: Literal[POSITIONS] = "sinusoidal" # how places are told
     max_length: int = 512          # learned positions
     rotary_base: float = 10_000.0  # rotary: the slowest pair turns by 1/base radians a place
@@ -98,7 +103,7 @@ class TransformerConfig:
 # %% ../../nbs/2_transformer/04_transformer.ipynb #53e29799
 def _check_numbers(c):
     for name in ("d_model", "d_ff", "heads", "source_vocab_size", "target_vocab_size", "kv_heads", "head_dim",
-                 "max_length", "window", "relative_buckets", "relative_reach"):
+                 "max_length", "window", "relative_buckets", "relative_reach", "experts", "experts_per_token"):
         n = getattr(c, name)
         if n is not None and n < 1: raise ValueError(f"{name} must be at least 1, not {n}")
     for name in ("encoder_layers", "decoder_layers", "token_types"):
@@ -107,11 +112,14 @@ def _check_numbers(c):
     for name in ("dropout", "attention_dropout"):
         p = getattr(c, name)
         if not 0 <= p < 1: raise ValueError(f"{name} must be in [0, 1), not {p}")
-    for name in ("norm_epsilon", "rotary_base", "attention_scale"):
+    for name in ("norm_epsilon", "rotary_base", "attention_scale", "expert_capacity"):
         n = getattr(c, name)
         if n is not None and not 0 < n < float("inf"): raise ValueError(f"{name} must be above 0, not {n}")
     if c.heads % (c.kv_heads or c.heads):
         raise ValueError(f"kv_heads must divide heads, but {c.kv_heads} do not divide {c.heads}")
+    if c.experts_per_token > (c.experts or c.experts_per_token):
+        raise ValueError(f"experts_per_token must be at most experts, but {c.experts_per_token} are more than "
+                         f"{c.experts}")
     if c.positions == "relative" and not 4 <= c.relative_buckets < 2 * c.relative_reach:
         raise ValueError(f"relative_buckets must be at least 4 and below 2 · relative_reach, not {c.relative_buckets} "
                          f"with a reach of {c.relative_reach}")
@@ -127,7 +135,10 @@ def _attention(c, rotary=None):
         scale=c.attention_scale, rotary=rotary)
 
 
-def _feed_forward(c): return FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.bias)
+def _feed_forward(c):
+    if not c.experts: return FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.bias)
+    return MixtureOfExperts(c.d_model, c.d_ff, c.experts, c.experts_per_token, c.activation, c.gated, c.bias,
+        c.expert_capacity)
 
 
 def _residuals(c, n): return [Residual(new_norm(c), c.dropout, c.norm) for _ in range(n)]
@@ -148,7 +159,16 @@ def _where(c, both): # how scores learn of distances → rotary of all attention
 def run_block(block, recompute, *args):
     "`block(*args)`; with `recompute`, training keeps the arguments alone and runs the block again in the backward pass"
     if not (recompute and block.training and torch.is_grad_enabled()): return block(*args)
-    return checkpoint(block, *args, use_reentrant=False)   # with the same dropout: it puts the random state back
+    return checkpoint(block, *args, use_reentrant=False,   # with the same dropout: it puts the random state back
+        context_fn=lambda: (nullcontext(), _again(block)))
+
+
+@contextmanager
+def _again(block): # with experts, `balance` stays that of the first run: the second one's would hold on to all it keeps
+    balance = getattr(block.feed_forward, "balance", None)
+    try: yield
+    finally:
+        if balance is not None: block.feed_forward.balance = balance
 
 # %% ../../nbs/2_transformer/04_transformer.ipynb #c1163937
 class Encoder(nn.Module):
@@ -251,9 +271,12 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings in ("all", "inputs"): self.encoder.embedding.tokens.weight = words.weight
 
     def reset_parameters(self):
-        "Glorot uniform matrices, zero biases in the feed-forward networks; N(0, 1/d_model) for the output projection"
-        for block in [*self.encoder.blocks, *self.decoder.blocks]:
-            up, down = block.feed_forward[0], block.feed_forward[2]
+        """Glorot uniform matrices, zero biases in the feed-forward networks; N(0, 1/d_model) for the output projection;
+        N(0, 0.02) for the routers of experts, as in Mixtral's code (small: see Fedus et al. 2022, section 2.4)"""
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts): nn.init.normal_(module.router.weight, std=0.02)
+            if not isinstance(module, FeedForward): continue
+            up, down = module[0], module[2]
             for weight in *up.weight.split(down.in_features), down.weight: nn.init.xavier_uniform_(weight)  # gated: two
             for linear in up, down:
                 if linear.bias is not None: nn.init.zeros_(linear.bias)

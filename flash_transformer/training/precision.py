@@ -104,7 +104,9 @@ def training_flops(
     d, f, encoder, decoder = config.d_model, config.d_ff, config.encoder_layers, config.decoder_layers
     width = config.heads * (config.head_dim or d // config.heads)          # of all queries; keys may have fewer heads
     narrow = width * (config.kv_heads or config.heads) // config.heads
-    block = 2 * d * (2 * width + 2 * narrow) + 2 * (2 + config.gated) * d * f               # q, out, k, v; feed-forward
+    network = 2 * (2 + config.gated) * d * f                                                 # feed-forward
+    if config.experts: network = config.experts_per_token * network + 2 * d * config.experts # and the router
+    block = 2 * d * (2 * width + 2 * narrow) + network                                       # q, out, k, v
     forward = encoder * (block * s + 4 * width * ss)                                         # scores, values
     forward += decoder * (block * t + 4 * width * tt)
     if encoder: forward += decoder * (4 * d * (width * t + narrow * s) + 4 * width * st)     # cross-attention

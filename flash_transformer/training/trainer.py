@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import Batch, EncodedPairs, pack_batches, plan_batches, row_length
-from ..model import Transformer, build
+from ..model import Transformer, build, mean_balance
 from .checkpoints import RunFolder, StopSignals, load_checkpoint, load_model, save_checkpoint
 from flash_transformer.training.optimisation import (
     adam,
@@ -56,6 +56,7 @@ class TrainConfig:
     schedule: Literal["inverse_sqrt", "cosine"] = "inverse_sqrt" # its fall: as 1/√step, or to a tenth at the end
     weight_decay: float = 0.0            # of matrices and tables: each step takes this times the learning rate of them
     label_smoothing: float = 0.1         # ε
+    balance: float = 0.01                # α: of the loss that keeps the experts of a model evenly busy, if it has any
     clip_norm: float | None = None       # gradients longer than this are shortened to it
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto" # of the matrix products
     parallel: Literal["ddp", "fsdp"] = "ddp" # several processes: each has the whole model, or a part of every matrix
@@ -84,6 +85,8 @@ class TrainConfig:
             raise ValueError(f"train.weight_decay must be 0 or more, not {self.weight_decay}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"train.label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        if not 0 <= self.balance < math.inf:
+            raise ValueError(f"train.balance must be 0 or more, not {self.balance}")
         if not 0 <= self.average <= self.keep_checkpoints:
             raise ValueError(f"train.average must be between 0 and train.keep_checkpoints "
                 f"({self.keep_checkpoints}), not {self.average}")
@@ -170,25 +173,27 @@ _ceiling = cache(matmul_ceiling)          # once a process: it takes half a seco
 
 class _Meter:
     "Losses, words, FLOPs and time since the last line of metrics"
-    def __init__(self, smoothed=0.0, plain=0.0, tokens=0, flops=0):
-        self.smoothed, self.plain, self.tokens, self.flops = smoothed, plain, tokens, flops
+    def __init__(self, smoothed=0.0, plain=0.0, balance=0.0, tokens=0, flops=0):
+        self.smoothed, self.plain, self.balance, self.tokens, self.flops = smoothed, plain, balance, tokens, flops
         self.start = time.perf_counter()
 
-    def add(self, smoothed: Tensor, plain: Tensor):
+    def add(self, smoothed: Tensor, plain: Tensor, balance: Tensor):
         "In float64, where a few float32 numbers add up exactly, in whatever order (Apple's GPUs have none)"
         wide = torch.float32 if plain.device.type == "mps" else torch.float64
         self.smoothed, self.plain = self.smoothed + smoothed.to(wide), self.plain + plain.to(wide)
+        self.balance = self.balance + balance.to(wide)
 
-    def losses(self) -> tuple[float, float]:
+    def losses(self) -> tuple[float, float, float]:
         "Sums over all processes; each of them has to ask"
-        return tuple(float(add_up(torch.as_tensor(x).cpu().double())) for x in (self.smoothed, self.plain))
+        sums = self.smoothed, self.plain, self.balance
+        return tuple(float(add_up(torch.as_tensor(x).cpu().double())) for x in sums)
 
     def read(self, ceiling: float) -> dict: # FLOP/s of all processes together
-        smoothed, plain = self.losses()
+        smoothed, plain, balance = self.losses()
         seconds = time.perf_counter() - self.start
         return {"loss": smoothed / self.tokens, "plain_loss": plain / self.tokens, "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / seconds), "utilisation": self.flops / seconds / ceiling,
-            "seconds": seconds}
+            "seconds": seconds} | ({"balance": balance / self.tokens} if balance else {})
 
 # %% ../../nbs/4_training/05_trainer.ipynb #fc334bfa
 @torch.no_grad()
@@ -250,8 +255,9 @@ class _Stepper:
             _seed_batch(self.config.seed, self.at.step, index)
             with synchronise(self.model, last=i == len(mine)):
                 smoothed, plain = batch_loss(self.model, batch, self.config.label_smoothing)
-                self.accelerator.backward(smoothed * (counts * self.world / tokens))
-            if counts: self.meter.add(smoothed.detach(), plain)
+                balance = mean_balance(self.bare) * int(pairs.target_lengths[rows].sum())      # 0 without experts
+                self.accelerator.backward((smoothed + self.config.balance * balance) * (counts * self.world / tokens))
+            if counts: self.meter.add(smoothed.detach(), plain, balance.detach())
 
 # %% ../../nbs/4_training/05_trainer.ipynb #bb79518b
 class _Keeper(_Stepper):
@@ -276,7 +282,9 @@ class _Keeper(_Stepper):
         state = load_checkpoint(folders[-1], self.bare, self.optimiser.optimizer, expected)
         scaler, meter = state.pop("scaler"), state.pop("meter")
         if scaler and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(scaler)
-        if meter: self.meter = _Meter(*(meter[:2] if self.main else (0.0, 0.0)), *meter[2:])
+        if meter:
+            *sums, tokens, flops = meter
+            self.meter = _Meter(*(sums if self.main else ()), tokens=tokens, flops=flops)
         vars(self.at).update(state)
         self.course.plan, self.course.window = [], None    # those of the beginning
         if self.main: self.run.rewind(self.at.step)
