@@ -26,12 +26,21 @@ from datasets import Dataset, config, load_dataset_builder
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..data import PAD, Batch, DataConfig, EncodedPairs, Prepared, TokenizerPair
+from ..data import PAD, Batch, DataConfig, EncodedPairs, Prepared, TokenizerPair, prepare
 from ..data.cleaning import check_rules, taken_by
 from ..data.corpora import HUB, _columns, _config, load_corpus
 from ..data.prepare import _settings_of
 from ..data.streaming import ParquetPieces, Pieces, TextPieces
-from ..model import Transformer, TransformerConfig
+from flash_transformer.model import (
+    CausalLM,
+    Classifier,
+    DecoderBlock,
+    EncoderBlock,
+    MaskedLM,
+    Transformer,
+    TransformerConfig,
+    build,
+)
 from .optimisation import CHUNK, adam, batch_loss
 from .precision import matmul_ceiling, saved_bytes, training_flops
 from .processes import agree, distribute, start_accelerator
@@ -68,12 +77,18 @@ class _Corpus(NamedTuple):
     tokenizers: TokenizerPair # learned on the training split, or on a sample
     prepared: bool            # the split itself, not a sample
 
+    @property
+    def labels(self) -> list[str] | None: return getattr(self.train, "names", None) # of texts that are to be classified
+
 def _look_at_corpus(data: DataConfig, folder: Path | None) -> _Corpus:
     "Is the corpus there, and what is in it?"
     if folder and not data.streaming and (before := _settings_of(folder)) is not None:
         if before != asdict(data): raise ValueError(f"{folder} was prepared with other data settings: preprocess again")
         prepared = Prepared.load(folder)
         return _Corpus(str(folder), len(prepared.train), prepared.train, prepared.tokenizers, True)
+    if data.kind != "pairs":                                # these are small: look at all of it
+        prepared = prepare(data)
+        return _Corpus(data.train or data.corpus, len(prepared.train), prepared.train, prepared.tokenizers, True)
     kind = "files" if data.train else data.corpus
     check_rules(data.clean)
     name, pairs, sample = {"files": _from_text, "toy": _from_toy}.get(kind, _from_hub)(data)
@@ -126,12 +141,13 @@ def _from_hub(data: DataConfig) -> tuple[str, int, pa.Table]:
     return label, len(rows), _spread(_columns(rows, data.source, data.target, where))
 
 # %% ../../nbs/4_training/06_wmt14.ipynb #8263f978
-def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length: int, packed: bool):
+def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length: int, packed: bool, kind: str):
     "Pairs, tokens, steps an epoch"
     s, t = corpus.train.source_lengths, corpus.train.target_lengths
     budget, about = train.tokens_per_batch, "" if corpus.prepared else "about "
-    found.lines["corpus"] = f"{corpus.name}: {about}{corpus.pairs:,} training pairs"
-    found.lines["tokens"] = f"{s.mean():.1f} source and {t.mean():.1f} target tokens a pair" + ("" if corpus.prepared
+    things = {"pairs": "pairs", "text": "windows of text", "labelled": "texts"}[kind]
+    found.lines["corpus"] = f"{corpus.name}: {about}{corpus.pairs:,} training {things}"
+    found.lines["tokens"] = f"{s.mean():.1f} source and {t.mean():.1f} target tokens each" + ("" if corpus.prepared
         else f", in {len(s):,} pairs with a vocabulary learned on {4 * len(s):,} others")
     if not corpus.prepared and max_length > budget: raise ValueError(f"a pair of data.max_length = {max_length:,} "
         f"tokens would not fit into a batch of {budget:,}: lower it, or raise train.tokens_per_batch")
@@ -151,9 +167,10 @@ def _sized(model: TransformerConfig, data: DataConfig, tokenizers: TokenizerPair
     sizes = [tokenizers.source_size, tokenizers.target_size] if prepared else [data.vocab_size] * 2
     return TransformerConfig(**vars(model) | {"source_vocab_size": sizes[0], "target_vocab_size": sizes[1]})
 
-def _tell_model(found: DryRun, config: TransformerConfig, prepared: bool):
+def _tell_model(found: DryRun, config: TransformerConfig, corpus: _Corpus | None):
     "Parameters, counted on a model without numbers in it"
-    with torch.device("meta"): model = Transformer(config)
+    prepared = bool(corpus and corpus.prepared)
+    with torch.device("meta"): model = build(config, corpus and corpus.labels)
     found.numbers["parameters"] = n = sum(p.numel() for p in model.parameters())
     found.lines["model"] = (f"{n:,} parameters, vocabulary of {config.target_vocab_size:,} tokens"
         + ("" if prepared else " (not learned yet)"))
@@ -180,9 +197,12 @@ def _loss(model, batch: Batch) -> Tensor:
 
 def _kept(model, rows: int, length: int) -> int: # bytes
     "What a forward pass over so many pairs, all of this length, keeps for the backward pass"
-    device = next(model.parameters()).device
     ids, lengths = torch.full((rows, length), PAD + 1), torch.full((rows,), length)
-    batch = Batch(ids, lengths, ids, ids, lengths).to(device)
+    batch = Batch(ids, lengths, ids, ids, lengths)
+    if isinstance(model, CausalLM): batch = batch._replace(source=ids[:, :0], source_lengths=0 * lengths)
+    elif isinstance(model, Classifier): batch = batch._replace(target=ids[:, :0], labels=0 * ids[:, :1])
+    elif isinstance(model, MaskedLM): batch = batch._replace(target=ids[:, :0])
+    batch = batch.to(next(model.parameters()).device)
     return saved_bytes(lambda: _loss(model, batch), [p for p in model.parameters() if not isinstance(p, DTensor)])
 
 # %% ../../nbs/4_training/06_wmt14.ipynb #90e6e145
@@ -195,7 +215,7 @@ def _batch_bytes(model: Transformer, rows: int, length: int) -> float:
     kept, block, recompute = estimate(), 0, model.recompute
     if recompute:                                  # one block at a time is computed again, with all that it keeps
         model.recompute = False
-        block = (estimate() - kept) / len([*model.encoder.blocks, *model.decoder.blocks])
+        block = (estimate() - kept) / sum(isinstance(m, EncoderBlock | DecoderBlock) for m in model.modules())
         model.recompute = True
     c, tokens = model.config, rows * length
     logits = 4 * c.target_vocab_size * (min(CHUNK, tokens) + c.d_model)        # of a chunk, and its gradient's product
@@ -287,11 +307,11 @@ def dry_run(
     with found.looking_at("corpus"): corpus = _look_at_corpus(data, prepared_folder)
     if corpus:
         packed = accelerator is not None and is_packed(train, accelerator.device)
-        with found.looking_at("batches"): _tell_corpus(found, corpus, train, data.max_length, packed)
+        with found.looking_at("batches"): _tell_corpus(found, corpus, train, data.max_length, packed, data.kind)
     prepared = bool(corpus and corpus.prepared)
     with found.looking_at("model"):
         config = _sized(model, data, corpus and corpus.tokenizers, prepared)
-        _tell_model(found, config, prepared)
+        _tell_model(found, config, corpus)
         with found.looking_at("disk"): _tell_disk(found, train, prepared_folder and Path(prepared_folder).parent)
     if not agree(int(config is None or accelerator is None)):           # all processes go on, or none
         with found.looking_at("memory"): _try(found, corpus, config, train, accelerator, data.max_length)
@@ -314,7 +334,7 @@ def _try(found: DryRun, corpus: _Corpus | None, config: TransformerConfig, train
     if agree(int(state > free)):
         raise ValueError(f"weights, gradients and Adam's averages alone are {_size(state)} and {_size(free)} are free: "
             "make the model smaller, or share it among devices with train.parallel fsdp")
-    model = Transformer(config)
+    model = build(config, corpus and corpus.labels)
     model.recompute = train.activation_checkpointing
     wrapped, optimiser = distribute(model, lambda parameters: adam(parameters, 1e-9), train.parallel, accelerator)
     if corpus and corpus.prepared: max_length = _longest(corpus.train)
