@@ -27,6 +27,7 @@ _WANTED = { # kind of corpus, with gaps or without → what is trained on it, an
     ("pairs", False): ("a translator", (True, True)),
     ("text", False): ("a causal language model", (False, True)),
     ("text", True): ("a masked language model (data.mask)", (True, False)),
+    ("labelled", False): ("a classifier", (True, False)),
 }
 
 @dataclass

@@ -7,19 +7,48 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from safetensors.torch import load_file
 
-from flash_transformer.data import EncodedText, TokenizerPair, encode_text, toy_corpus
-from flash_transformer.language import TextGenerator, score_text
-from flash_transformer.model import CausalLM, SampleConfig
+from flash_transformer.data import (
+    EOS,
+    EncodedText,
+    LabelledTexts,
+    MaskedText,
+    TokenizerPair,
+    encode_text,
+    load_labelled,
+    toy_corpus,
+    toy_sentiment,
+)
+from flash_transformer.language import (
+    MaskFiller,
+    TextClassifier,
+    TextGenerator,
+    accuracy,
+    score_classes,
+    score_gaps,
+    score_text,
+)
+from flash_transformer.model import CausalLM, Classifier, SampleConfig, TransformerConfig
+from flash_transformer.training import batch_loss
 
 TEXT = "\n".join(toy_corpus(300, 1, 1)["train"]["source"])
 GPT = """
 data: {{corpus: text, train: {file}, tokenizer: {tokenizer}, vocab_size: 300, max_length: 32}}
 model: {{d_model: 16, d_ff: 32, heads: 2, encoder_layers: 0, decoder_layers: 1, norm: pre, positions: rotary}}
 train: {{max_steps: 20, tokens_per_batch: 256, learning_rate: 0.01, schedule: cosine, warmup_steps: 5,
-        weight_decay: 0.1, label_smoothing: 0.0, precision: float32, log_every: 2, checkpoint_every: 5, keep_checkpoints: 3}}
+        weight_decay: 0.1, label_smoothing: 0.0, precision: float32, log_every: 2, checkpoint_every: 5,
+        keep_checkpoints: 3}}
+"""
+
+BERT = """
+data: {{corpus: labelled, train: {folder}/train.csv, validation: {folder}/validation.csv, test: {folder}/test.csv,
+        vocab_size: 300, max_length: 24, mask: {mask}}}
+model: {{d_model: 16, d_ff: 32, heads: 2, encoder_layers: 2, decoder_layers: 0, norm: pre, positions: learned,
+        max_length: 24, dropout: 0.0}}
+train: {{max_steps: 20, tokens_per_batch: 256, learning_rate: 0.01, warmup_steps: 5, label_smoothing: 0.0,
+        precision: float32, log_every: 2, checkpoint_every: 5, keep_checkpoints: 3}}
 """
 
 
@@ -30,6 +59,10 @@ def recipes(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     for tokenizer in ("char", "bpe"):
         (folder / f"{tokenizer}.yaml").write_text(GPT.format(file=folder / "text.txt", tokenizer=tokenizer))
+    for split, texts in toy_sentiment(300, 40, 40).items():
+        texts.cast_column("label", Value("string")).to_csv(folder / f"{split}.csv", index=False)
+    for name, mask in (("masked", 0.15), ("classes", 0.0)):
+        (folder / f"{name}.yaml").write_text(BERT.format(folder=folder, mask=mask))
     return folder
 
 
@@ -38,8 +71,9 @@ def trained(recipes, tmp_path_factory):
     "Run folders that nobody writes into"
     from flash_transformer.cli import main
     runs = tmp_path_factory.mktemp("runs")
-    for name in ("char", "bpe"):
-        assert main(["train", "--config", str(recipes / f"{name}.yaml"), "--run", str(runs / name)]) == 0
+    for name in ("char", "bpe", "masked", "classes"):
+        start = ["--train.start", str(runs / "masked")] if name == "classes" else []
+        assert main(["train", "--config", str(recipes / f"{name}.yaml"), "--run", str(runs / name), *start]) == 0
     return runs
 
 
@@ -176,6 +210,122 @@ def test_shakespeare_in_the_layout_of_the_hub(recipes, tmp_path, command):
     assert f"{len(windows):,} windows" in out
 
 
+# ---- BERT: from gaps to verdicts ----
+
+def test_gaps_are_learned_and_resumed(recipes, trained, tmp_path, command, metrics):
+    run = shutil.copytree(trained / "masked", tmp_path / "run")
+    assert TokenizerPair.load(run).mask_id == 4
+    lines = metrics(run)
+    assert all(0 <= line["accuracy"] <= 1 for line in lines if "validation_loss" in line)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    for step in (15, 20): shutil.rmtree(run / "checkpoints" / f"{step:08d}")
+    assert command("train", "--config", recipes / "masked.yaml", "--run", run, "--resume")[0] == 0
+    one, two = (load_file(folder / "model.safetensors") for folder in (run, trained / "masked"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_loss_and_accuracy_of_gaps(trained, command, tmp_path, recipes):
+    "Against all logits, without `keep`"
+    filler = MaskFiller.from_run(trained / "masked")
+    texts = load_labelled(train=recipes / "train.csv", validation=recipes / "validation.csv")["validation"]
+    text = "\n".join(texts["text"])
+    masked = MaskedText(encode_text(text, filler.tokenizers), 24, 4, filler.tokenizers.source_size)
+    batch = masked.batch(np.arange(len(masked)))
+    with torch.no_grad(): logits = filler.model(batch.source, batch.source_lengths)
+    gaps = batch.labels != 0
+    one = torch.nn.functional.cross_entropy(logits[gaps], batch.labels[gaps], reduction="sum")
+    assert float(batch_loss(filler.model, batch, 0.0)[0].detach()) == pytest.approx(float(one), rel=1e-5)
+    right = (logits.argmax(-1)[gaps] == batch.labels[gaps]).float().mean()
+    assert accuracy(filler.model, masked, 1 << 20) == pytest.approx(float(right))
+    found = score_gaps(filler.model, masked)
+    assert found.gaps == int(gaps.sum()) and 0 < found.loss < 7
+    run = shutil.copytree(trained / "masked", tmp_path / "run")
+    status, out, _ = command("evaluate", run)
+    assert status == 0 and f"{found.gaps} gaps" in out and json.loads((run / "evaluation.json").read_text())["gaps"]
+
+
+@pytest.mark.parametrize("text, word", [("The <mask> was good.", " story"), ("<mask> story was good.", "The"),
+    ("The story was good<mask>", "."), ("The story <mask> good.", " was")])
+def test_a_gap_takes_the_space_before_it(trained, text, word):
+    "What is encoded around a gap is what the whole text is encoded as"
+    filler = MaskFiller.from_run(trained / "masked")
+    ids = filler.encode(text)
+    at = ids.index(filler.tokenizers.mask_id)
+    pieces = filler.tokenizers.encode_inner(word if at > 1 else " " + word)
+    whole = text.replace(" <mask>", word).replace("<mask>", word)
+    assert ids[:at] + pieces + ids[at + 1:] == filler.tokenizers.encode_target([whole])[0]
+
+
+def test_what_may_stand_there(trained):
+    filler = MaskFiller.from_run(trained / "masked")
+    found = filler.fill("The <mask> was <mask>.", n=3)
+    assert [len(row) for row in found] == [3, 3]
+    ids = torch.tensor([filler.encode("The <mask> was <mask>.")])
+    with torch.no_grad(): p = filler.model(ids)[ids == 4].softmax(-1)
+    for row, expected in zip(found, p):
+        assert [q for _, q in row] == pytest.approx(expected.topk(3).values.tolist(), rel=1e-4)
+    with pytest.raises(ValueError, match="no gap"): filler.fill("The story was good.")
+    with pytest.raises(ValueError, match="data.mask"):
+        MaskFiller(filler.model, TextGenerator.from_run(trained / "bpe").tokenizers)
+
+
+def test_a_classifier_begins_with_what_filled_gaps(recipes, trained, tmp_path, command):
+    "After a step too small to see, its encoder is the other run's; and so are its tokenizers"
+    run = tmp_path / "run"
+    assert command("train", "--config", recipes / "classes.yaml", "--run", run, "--train.start", trained / "masked",
+        "--train.max_steps", 1, "--train.learning_rate", 1e-12)[0] == 0
+    weights, before = (load_file(folder / "model.safetensors") for folder in (run, trained / "masked"))
+    encoder = [name for name in weights if name.startswith("encoder.")]
+    assert len(encoder) > 20 and all((weights[name] - before[name]).abs().max() < 1e-9 for name in encoder)
+    assert (run / "tokenizer.json").read_bytes() == (trained / "masked" / "tokenizer.json").read_bytes()
+    assert json.loads((run / "labels.json").read_text()) == ["0", "1"]
+
+
+def test_classes(recipes, trained, tmp_path, command):
+    "Each text alone, unpadded, gives what many give together; the score is a count"
+    classifier = TextClassifier.from_run(trained / "classes")
+    texts = load_labelled(train=recipes / "train.csv", test=recipes / "test.csv")["test"]
+    found = classifier.probabilities(list(texts["text"]))
+    for text, p in zip(texts["text"], found):
+        ids = classifier.tokenizers.encode_target([text])[0]
+        if len(ids) > 24: ids = [*ids[:23], EOS]
+        with torch.no_grad(): assert torch.allclose(classifier.model(torch.tensor([ids])).softmax(-1)[0], p, atol=1e-5)
+    assert classifier.probabilities([]).shape == (0, 2)
+    right = (found.argmax(-1) == torch.tensor(texts["label"])).float().mean()
+    assert score_classes(classifier, texts).accuracy == pytest.approx(float(right))
+    encoded = LabelledTexts.encode(texts, classifier.tokenizers, 24)
+    assert accuracy(classifier.model, encoded, 200) == pytest.approx(float(right))
+
+    run = shutil.copytree(trained / "classes", tmp_path / "run")
+    status, out, _ = command("evaluate", run)
+    saved = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert status == 0 and f"40 texts, accuracy {float(right):.2%}" in out
+    assert sum(sum(row.values()) for row in saved["confusion"].values()) == len(saved["texts"]) == 40
+    assert command("evaluate", run, "--data", recipes / "test.csv")[:2] == (0, out)
+    status, out, _ = command("classify", run, stdin="\n".join(texts["text"]).encode())
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [name for name, _ in lines] == [row["predicted"] for row in saved["texts"]]
+    assert [float(p) for _, p in lines] == pytest.approx([row["probability"] for row in saved["texts"]], abs=1e-4)
+
+
+def test_the_loss_of_classes(trained):
+    "Against PyTorch's cross-entropy with label smoothing, gradients included"
+    torch.manual_seed(0)
+    model = Classifier(TransformerConfig(d_model=16, d_ff=32, heads=2, encoder_layers=1, decoder_layers=0, dropout=0.0,
+        source_vocab_size=300), 3).double()
+    tokenizers, texts = TokenizerPair.load(trained / "classes"), toy_sentiment(20, 2, 2)["train"]
+    encoded = LabelledTexts.encode(texts, tokenizers)
+    batch = encoded.batch(np.arange(20))
+    smoothed, plain = batch_loss(model, batch, 0.1)
+    logits = model(batch.source, batch.source_lengths)
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels[:, 0], label_smoothing=0.1, reduction="sum")
+    ours, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in (smoothed, expected))
+    assert torch.allclose(smoothed, expected) and all(torch.allclose(a, b) for a, b in zip(ours, theirs))
+    assert torch.allclose(plain, torch.nn.functional.cross_entropy(logits, batch.labels[:, 0], reduction="sum"))
+    assert any((batch.labels == 0).flatten()) and all(g.abs().sum() > 0 for g in ours if g.dim() > 1)
+
+
 # ---- one line for what is wrong ----
 
 @pytest.mark.parametrize("options, names", [
@@ -199,6 +349,30 @@ def test_recipe_that_is_wrong(recipes, tmp_path, command, options, names):
     assert not (run / "config.yaml").exists() and not (run / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("options, names", [
+    ("--train.start /nowhere", "/nowhere"), ("--train.start {bpe}", "model.encoder_layers"),
+    ("--train.start {masked} --model.d_ff 64", "model.d_ff"), ("--data.train {text}", "text.txt"),
+    ("--model.decoder_layers 1", "model.decoder_layers must be 0"), ("--data.corpus imdb --data.path x", "path"),
+    ("--data.validation null", "--data.validation"), ("--data.max_length 2", "max_length")])
+def test_recipe_of_a_classifier_that_is_wrong(recipes, trained, tmp_path, command, options, names):
+    options = options.format(bpe=trained / "bpe", masked=trained / "masked", text=recipes / "text.txt")
+    wrong(command("train", "--config", recipes / "classes.yaml", "--run", tmp_path / "run", *options.split()), names)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "[1, 2]", '{"a": 1}'])
+def test_damaged_labels(trained, tmp_path, command, damage):
+    run = shutil.copytree(trained / "classes", tmp_path / "run")
+    (run / "labels.json").write_text(damage)
+    wrong(command("classify", run, stdin=b"good\n"), "labels.json is damaged")
+
+
+def test_labels_that_the_model_has_not(trained, tmp_path, command):
+    run = shutil.copytree(trained / "classes", tmp_path / "run")
+    (tmp_path / "other.csv").write_text("text,label\ngood,fine\nbad,awful\n")
+    wrong(command("evaluate", run, "--data", tmp_path / "other.csv"), "'awful'", "0, 1")
+
+
 @pytest.mark.parametrize("options, names", [("--temperature -1", "temperature"), ("--top_p 2", "top_p"),
     ("--max_new_tokens 0", "max_new_tokens"), ("--prompt 東", "'東'"), ("--device cuda:77", "cuda:77")])
 def test_sample_that_is_wrong(trained, command, options, names):
@@ -209,15 +383,20 @@ def test_commands_for_other_models(trained, finished, command):
     "Each says what the run is for"
     wrong(command("translate", trained / "char", stdin=b"a dog\n"), "CausalLM", "flash-transformer sample")
     wrong(command("sample", finished), "Transformer", "flash-transformer translate")
+    wrong(command("sample", trained / "masked"), "MaskedLM", "MaskFiller")
+    wrong(command("classify", trained / "masked", stdin=b"a\n"), "MaskedLM")
+    wrong(command("translate", trained / "classes", stdin=b"a\n"), "Classifier", "flash-transformer classify")
     wrong(command("evaluate", trained / "char", "--beam", "3"), "--beam")
     wrong(command("evaluate", trained / "char", "--split", "test"), "no test split")
     with pytest.raises(ValueError, match="holds a Transformer"): TextGenerator.from_run(finished)
 
 
-def test_dry_run(recipes, tmp_path, command):
+@pytest.mark.parametrize("name, things",
+    [("char", "windows of text"), ("masked", "windows of text"), ("classes", "texts")])
+def test_dry_run(recipes, tmp_path, command, name, things):
     "says what it takes, and leaves nothing"
-    status, out, said = command("train", "--config", recipes / "char.yaml", "--run", tmp_path / "run", "--dry-run")
-    assert status == 0 and "training windows of text" in out and "fits" in out and "Nothing stands against" in out, said
+    status, out, said = command("train", "--config", recipes / f"{name}.yaml", "--run", tmp_path / "run", "--dry-run")
+    assert status == 0 and f"training {things}" in out and "fits" in out and "Nothing stands against" in out, said
     assert not (tmp_path / "run").exists()
 
 

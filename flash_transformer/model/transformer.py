@@ -337,6 +337,7 @@ def load_weights(
     model: nn.Module,
     path: str | Path,
     part: Callable[[Tensor, Tensor], Tensor] = lambda whole, parameter: whole, # of a tensor, what belongs here
+    prefix: str = "",                    # take only what is called so: "encoder." when `model` is an encoder alone
 ):
     """Read what `save_weights` wrote into `model`, a parameter at a time; raises FileNotFoundError, or ValueError for a
     damaged or foreign file"""
@@ -346,12 +347,13 @@ def load_weights(
     with file:
         parameters = dict(model.named_parameters())
         expected = {name: tuple(p.shape) for name, p in parameters.items()}
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        names = [name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)]
+        found = {name: tuple(file.get_slice(prefix + name).get_shape()) for name in names}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(f"{path} holds weights of another model: {name} is {found.get(name, 'missing')} "
                                  f"in the file, {expected.get(name, 'absent')} in this model")
-        for name, p in parameters.items(): p.copy_(part(file.get_tensor(name), p))
+        for name, p in parameters.items(): p.copy_(part(file.get_tensor(prefix + name), p))
 
 # %% ../../nbs/2_transformer/04_transformer.ipynb #a38005ed
 @torch.no_grad()

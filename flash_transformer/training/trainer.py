@@ -69,6 +69,7 @@ class TrainConfig:
     average: int = 0                     # final weights: mean of so many newest checkpoints; 0 for the best one
     patience: int | None = None          # stop after so many validations without a better one
     seed: int = 0                        # of initial weights, batches and dropout
+    start: str | None = None             # run folder to begin with: its weights (a classifier: its encoder), tokenizers
 
     def __post_init__(self):
         if self.max_steps is None and self.max_epochs is None:
