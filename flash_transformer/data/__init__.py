@@ -12,6 +12,7 @@ from .batches import (
 )
 from .cleaning import RULES, Report, check_rules, first_occurrences, pair_hashes, taken_by
 from .corpora import load_corpus
+from .labelled import LabelledTexts, load_labelled, toy_sentiment
 from .prepare import DataConfig, Prepared, corpus_of, prepare
 from .streaming import StreamedPairs, read_split, stream
 from .text import EncodedText, encode_text, load_text, text_pieces, text_tokenizer
