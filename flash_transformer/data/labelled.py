@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMDB', 'LABELLED', 'toy_sentiment', 'load_labelled', 'LabelledTexts']
 
-# %% ../../nbs/3_data/09_labelled.ipynb #7ca72d39
+# %% ../../nbs/3_data/09_labelled.ipynb #957560bb
 import json
 import random
 import re
@@ -19,11 +19,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dat
 from datasets.utils import logging
 
 from .batches import EncodedPairs
-from .corpora import _cache, _check_name, _fetch, _reason
+from .corpora import _check_name, _fetch, _reason
 from .tokenizers import BOS, EOS, TokenizerPair
 from .toy import _check_sizes, _table
 
-# %% ../../nbs/3_data/09_labelled.ipynb #bfa8cc10
+# %% ../../nbs/3_data/09_labelled.ipynb #1cde4797
 _SORTS = [[cell.split() for cell in row] for row in _table("""
     story plot ending | twists scenes     | gripping clever original moving | boring silly predictable confusing
     hero villain      | actors children   | charming convincing likeable    | annoying wooden dull
@@ -39,7 +39,7 @@ _ADJECTIVES, _NOUNS, _VERBS = [[cell.split() for cell in row] for row in _table(
 """)]
 _TURNS = ["not", "never", "hardly", "far from", "anything but"]
 
-# %% ../../nbs/3_data/09_labelled.ipynb #4225f8bf
+# %% ../../nbs/3_data/09_labelled.ipynb #3295efb6
 def _clause(rng, good, aspect): # one of `_ASPECTS`
     "What somebody thinks of one aspect of a film"
     (name, verb, own), turned = aspect, rng.random() < 0.15
@@ -60,7 +60,7 @@ def _opinion(rng, good):
     other = _clause(rng, not good, two)
     return rng.choice([f"{other}, but {this}", f"although {other}, {this}", f"{this}, although {other}"])
 
-# %% ../../nbs/3_data/09_labelled.ipynb #003f0490
+# %% ../../nbs/3_data/09_labelled.ipynb #6bf80ac3
 _VERDICTS = [_table("""
     I would recommend it       | I would not recommend it
     I would watch it again     | I would never watch it again
@@ -101,7 +101,7 @@ def _review(rng, good):
     if decided: sentences.insert(rng.choice([0, n, n, n]), _verdict(rng, good))     # mostly at the end
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
-# %% ../../nbs/3_data/09_labelled.ipynb #fedecb87
+# %% ../../nbs/3_data/09_labelled.ipynb #e2379712
 def toy_sentiment(
     train:int=4000,     # texts
     validation:int=500, # texts
@@ -123,7 +123,7 @@ def toy_sentiment(
         corpus[name] = Dataset.from_dict({"text": texts, "label": labels}, features=features)
     return corpus
 
-# %% ../../nbs/3_data/09_labelled.ipynb #3e7f6b2a
+# %% ../../nbs/3_data/09_labelled.ipynb #7467be7f
 _CSV = dict(keep_default_na=False)                          # a text "NA" is a text
 KINDS = {".csv": ("csv", _CSV), ".tsv": ("csv", dict(_CSV, sep="\t", quoting=3)), ".jsonl": ("json", {}),
          ".json": ("json", {})}                             # quoting 3: none
@@ -163,10 +163,9 @@ def _read_texts(path):
             raise ValueError(f"{path} has more cells in a row than names in its first line: a text with"
                              " the separator in it has to stand between quotes (in .csv), or be without it.")
         options = options | {"features": Features({column: Value("string") for column in ("text", "label")})}
-    return _readable(path, load_dataset, kind, data_files=str(path), split="train",
-                     cache_dir=str(_cache([path])), **options)
+    return _readable(path, load_dataset, kind, data_files=str(path), split="train", **options)
 
-# %% ../../nbs/3_data/09_labelled.ipynb #6368a136
+# %% ../../nbs/3_data/09_labelled.ipynb #282373ff
 def _labels_of(texts, where):
     "The label of each text, by name: (texts,) of str. Raises `ValueError` for what is no text, or has no label"
     _check_table(texts.column_names, len(texts), where)
@@ -205,7 +204,7 @@ def _with_classes(splits, where): # DatasetDict, {split: what to call it}
         splits[split] = texts.select_columns("text").add_column("label", column, feature=ClassLabel(names=names))
     return splits
 
-# %% ../../nbs/3_data/09_labelled.ipynb #26700d8a
+# %% ../../nbs/3_data/09_labelled.ipynb #050e200e
 def _hold_out_texts(texts, seed):
     "Training and validation out of one split: 2,000 texts, or a tenth if that is less; of each class its share"
     order, labels = np.random.default_rng(seed).permutation(len(texts)), np.array(texts["label"])
@@ -215,7 +214,7 @@ def _hold_out_texts(texts, seed):
     if not len(held): raise ValueError(f"{len(texts)} texts are too few to hold some of them out for validation.")
     return {"train": texts.select(np.delete(np.arange(len(texts)), held)), "validation": texts.select(held)}
 
-# %% ../../nbs/3_data/09_labelled.ipynb #f2c3c571
+# %% ../../nbs/3_data/09_labelled.ipynb #09d001b5
 IMDB = "stanfordnlp/imdb"
 LABELLED = ("sentiment", "labelled", "imdb")
 
@@ -252,7 +251,7 @@ def load_labelled(
     if "validation" in splits: return splits
     return DatasetDict(_hold_out_texts(splits.pop("train"), seed) | splits)
 
-# %% ../../nbs/3_data/09_labelled.ipynb #a7a19885
+# %% ../../nbs/3_data/09_labelled.ipynb #41be2152
 def _cut(ids, offsets, max_length): # texts in one array, and where each begins and the last one ends
     "The same with no more than `max_length` ids of each text, the last one still `</s>`"
     lengths = np.diff(offsets)
@@ -261,7 +260,7 @@ def _cut(ids, offsets, max_length): # texts in one array, and where each begins 
     ids[offsets[1:] - 1] = EOS
     return ids, offsets
 
-# %% ../../nbs/3_data/09_labelled.ipynb #2ed84741
+# %% ../../nbs/3_data/09_labelled.ipynb #fa781738
 class LabelledTexts(EncodedPairs):
     "Texts as ids, each with a class: pairs whose target is one “word”, the number of the class"
     packs, file = False, "labelled.json" # a text has its row; what `save` writes beside the arrays
