@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .data import UNK, DataConfig, corpus_of
 from .data.toy import ADJECTIVES, CITIES, NAMES, NOUNS, PLACES, VERBS
-from .translation import Translator
+from .model import Transformer
+from .translation import Translator, open_run
 
 # %% ../nbs/5_translation/03_visualization.ipynb #9c79adf8
 class Picture(Figure):
@@ -295,16 +296,25 @@ def plot_run(
     run: str | Path,                    # folder that training left
     sentences: list[str] | None = None, # to be translated; the run's own if None
 ) -> list[Path]:                        # the pictures that were drawn
-    "Draw what a run left into its plots/; raises what `Translator.from_run` and the plots raise"
+    """Draw what a run left into its plots/, of a language model the learning curves alone; raises what `open_run` and the
+    plots raise"""
     run = Path(run)
-    translator = Translator.from_run(run)
+    model, tokenizers, decode, _ = open_run(run)
+    figures = {"learning_curves": plot_learning_curves(run)} if (run / "metrics.jsonl").exists() else {}
+    if isinstance(model, Transformer): figures |= _looks(run, Translator(model, tokenizers, decode), sentences)
+    (run / "plots").mkdir(exist_ok=True)
+    for stem, fig in figures.items(): fig.savefig(run / "plots" / f"{stem}.png", dpi=130)
+    return [run / "plots" / f"{stem}.png" for stem in figures]
+
+def _looks(run, translator, sentences): # → figures by name
+    "What a translator looks at, and where it puts words"
     data = DataConfig(**yaml.safe_load((run / "config.yaml").read_text()).get("data") or {"corpus": "files"})
     toy = corpus_of(data) if data.corpus == "toy" and not (data.train or data.validation or data.test) else None
     agreement = alignment_agreement(translator, toy["test"]) if toy else None
     examples = _examples(run, toy, sentences)
     layer, head, name = choose_view(agreement, translator.model.config.decoder_layers, translator.model.config.heads)
     if toy: name += f", agreement with the true alignment {agreement.max():.2f}"
-    figures = {"learning_curves": plot_learning_curves(run)} if (run / "metrics.jsonl").exists() else {}
+    figures = {}
     for i, (source, target, alignment) in enumerate(examples, 1):
         read, written, w = word_attention(translator, source, target)
         view = w[layer].mean(0) if head == w.shape[1] else w[layer, head]
@@ -312,10 +322,7 @@ def plot_run(
         if i == 1: figures["heads"] = plot_heads(read, written, w, alignment)
     words = [{word: kind for word, kind in toy_words(side).items() if UNK not in tokenizer.encode(word).ids}
         for side, tokenizer in vars(translator.tokenizers).items()] if toy else (None, None)
-    figures["embeddings"] = plot_embeddings(translator, *words)
-    (run / "plots").mkdir(exist_ok=True)
-    for stem, fig in figures.items(): fig.savefig(run / "plots" / f"{stem}.png", dpi=130)
-    return [run / "plots" / f"{stem}.png" for stem in figures]
+    return figures | {"embeddings": plot_embeddings(translator, *words)}
 
 def _examples(run, toy, sentences, n=3):
     "What to draw attention for: (source, target or None, alignment or None)"

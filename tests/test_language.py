@@ -2,12 +2,17 @@
 import gzip
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Value
+from hub_server import HubServer
 from safetensors.torch import load_file
 
 from flash_transformer.data import (
@@ -324,6 +329,39 @@ def test_the_loss_of_classes(trained):
     assert torch.allclose(smoothed, expected) and all(torch.allclose(a, b) for a, b in zip(ours, theirs))
     assert torch.allclose(plain, torch.nn.functional.cross_entropy(logits, batch.labels[:, 0], reduction="sum"))
     assert any((batch.labels == 0).flatten()) and all(g.abs().sum() > 0 for g in ours if g.dim() > 1)
+
+
+# ---- from the hub ----
+
+TRAIN = """
+import sys
+from flash_transformer.cli import main
+sys.exit(max(main(["train", "--config", recipe, "--run", run, "--train.max_steps", "3", "--data.train", "null",
+    "--data.validation", "null", "--data.test", "null", "--data.corpus", corpus])
+    for recipe, run, corpus in zip(*[iter(sys.argv[1:])] * 3)) or main(["evaluate", sys.argv[5], "--split", "test"]))
+"""
+
+
+def test_trained_from_the_hub(recipes, tmp_path):
+    "Shakespeare, and reviews for gaps and for verdicts, from a server that speaks as the hub does"
+    hub, data = tmp_path / "hub", []
+    for name, splits in {"karpathy/tiny_shakespeare/data": {"train": [TEXT], "validation": [TEXT[:900]]},
+                         "stanfordnlp/imdb/plain_text": toy_sentiment(60, 30, 30)}.items():
+        (hub / name).mkdir(parents=True)
+        for split, texts in splits.items():
+            data.append(hub / name / f"{split}-00000-of-00001.parquet")
+            (texts if isinstance(texts, Dataset) else Dataset.from_dict({"text": texts})).to_parquet(data[-1])
+    environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_") and "PROXY" not in k.upper()}
+    runs = [(recipes / f"{name}.yaml", tmp_path / name, corpus)
+            for name, corpus in (("char", "shakespeare"), ("classes", "imdb"), ("masked", "imdb"))]
+    with HubServer(hub) as server:
+        environment |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path), PYTHONPATH=str(Path(__file__).parent.parent))
+        done = subprocess.run([sys.executable, "-c", TRAIN, *(str(x) for run in runs for x in run)], env=environment,
+                              cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "classes" / "labels.json").read_text()) == ["neg", "pos"]
+    assert len(json.loads((tmp_path / "classes" / "evaluation.json").read_text())["texts"]) == 30
+    assert all((run / "model.safetensors").is_file() for _, run, _ in runs)
 
 
 # ---- one line for what is wrong ----

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from flash_transformer.data import EncodedText, encode_text, load_text, text_pieces, text_tokenizer, toy_corpus
+from flash_transformer.data import (
+    MASK,
+    EncodedText,
+    MaskedText,
+    TokenizerPair,
+    encode_text,
+    load_text,
+    text_pieces,
+    text_tokenizer,
+    toy_corpus,
+)
 from flash_transformer.model import CausalLM, TransformerConfig
 from flash_transformer.training import TrainConfig, Trainer, training_flops, validation_loss
 
@@ -72,6 +82,82 @@ def test_damaged(damage, tmp_path):
     with pytest.raises(ValueError, match="damaged"): EncodedText.open(tmp_path)
     (tmp_path / "text.json").unlink()
     with pytest.raises((OSError, ValueError)): EncodedText.open(tmp_path)
+
+
+# ---- gaps ----
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(20, 400), st.integers(3, 12), st.floats(0.02, 0.9), st.integers(0, 5), st.integers(0, 3))
+def test_gaps(tokens, length, share, epoch, seed):
+    "With the gaps filled in, the windows of an epoch are the text, each between its marks; of each as many are chosen"
+    if tokens < 2 * (length - 2): tokens = 2 * length
+    ids = np.arange(5, 5 + tokens, dtype=np.uint16)
+    text = MaskedText(ids, length, 4, 5 + tokens, share, seed).window(epoch, 0)
+    batch = text.batch(np.arange(len(text)))
+    gaps, n = batch.labels != 0, max(1, round(share * (length - 2)))
+    assert batch.source.shape == batch.labels.shape == (len(text), length) and batch.target.shape == (len(text), 0)
+    assert (gaps.sum(1) == n).all() and batch.tokens == n * len(text) and (batch.source_lengths == length).all()
+    filled = torch.where(gaps, batch.labels, batch.source)
+    assert (filled[:, 0] == 2).all() and (filled[:, -1] == 3).all() and not gaps[:, [0, -1]].any()
+    assert filled[:, 1:-1].flatten().diff().eq(1).all() and batch.source[:, 1:-1].min() >= 4
+    assert batch.source.max() < 5 + tokens and len(text) == (tokens - length + 2) // (length - 2)
+
+
+def test_four_fifths_are_masked():
+    ids = np.full(60_000, 7, np.uint16)
+    batch = (text := MaskedText(ids, 102, 4, 10_000)).batch(np.arange(len(text)))
+    words = batch.source[batch.labels != 0]
+    n = len(words)
+    for share, found in ((.8, words == 4), (.1, words == 7), (.1, (words != 4) & (words != 7))):
+        assert abs(float(found.float().mean()) - share) < 4 * (share * (1 - share) / n) ** 0.5
+    assert n == 15 * len(text) and (words[words != 4] > 4).all()
+
+
+def test_gaps_are_those_of_seed_and_epoch_and_batch():
+    ids = np.arange(5, 905, dtype=np.uint16)
+    def source(seed, epoch, rows): return MaskedText(ids, 32, 4, 905, seed=seed).window(epoch, 0).batch(rows).source
+    assert torch.equal(source(1, 2, [3, 4]), source(1, 2, [3, 4]))
+    places = {tuple((source(seed, epoch, rows) == 4)[0].tolist()) for seed, epoch, rows in
+              ((1, 2, [3, 4]), (2, 2, [3, 4]), (1, 3, [3, 4]), (1, 2, [4, 3]))}
+    assert len(places) == 4
+
+
+def test_gaps_are_saved_and_mapped(tmp_path):
+    text = MaskedText(np.arange(5, 905, dtype=np.uint16), 32, 4, 905, 0.2, 6)
+    text.save(tmp_path)
+    again = MaskedText.open(tmp_path)
+    assert again.settings == text.settings and torch.equal(again.batch([1]).source, text.batch([1]).source)
+    (tmp_path / "masked.json").write_text('{"length": 32}')
+    with pytest.raises(ValueError, match="damaged"): MaskedText.open(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [dict(share=0.0), dict(share=1.0), dict(length=2), dict(length=600)])
+def test_gaps_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="data.ma"):
+        MaskedText(np.arange(5, 905, dtype=np.uint16), **dict(length=32, mask_id=4, vocab_size=905) | wrong)
+
+
+def test_the_mask_is_no_text():
+    "A text may say <mask>: it is spelled, and comes back"
+    tokenizers = text_tokenizer(TEXT, "bpe", 400, mask=True)
+    assert tokenizers.mask_id == 4 and tokenizers.source.id_to_token(4) == MASK
+    ids = tokenizers.encode_source(["the <mask> sleeps"])[0]
+    assert 4 not in ids and tokenizers.decode_source(ids) == "the <mask> sleeps"
+    assert text_tokenizer(TEXT, "bpe", 400).mask_id is None
+    with pytest.raises(ValueError, match="261"): text_tokenizer(TEXT, "bpe", 260, mask=True)
+
+
+@given(st.text())
+def test_inside_a_text_no_space_is_put_before(text):
+    text = unicodedata.normalize("NFC", text)
+    tokenizers = text_tokenizer_of_bytes()
+    if text: assert tokenizers.decode_source(tokenizers.encode_inner("." + text)) == "." + text
+    assert tokenizers.encode_inner(" " + text) == tokenizers.encode_source([text])[0][:-1]
+
+
+def text_tokenizer_of_bytes(kept=[]):                      # noqa: B006 - made once
+    if not kept: kept.append(text_tokenizer(TEXT, "bpe", 400))
+    return kept[0]
 
 
 # ---- trained ----

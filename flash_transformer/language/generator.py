@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextGenerator', 'TextScore', 'score_text']
 
-# %% ../../nbs/6_language/01_gpt.ipynb #c897ac28
+# %% ../../nbs/6_language/01_gpt.ipynb #450e36da
 import json
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from ..model import CausalLM, SampleConfig, stream
 from ..training import validation_loss, whole
 from ..translation import of_kind
 
-# %% ../../nbs/6_language/01_gpt.ipynb #678b5899
+# %% ../../nbs/6_language/01_gpt.ipynb #9390e3c5
 class TextGenerator:
     "Writes on from a prompt with a trained causal language model"
     def __init__(self,
@@ -76,7 +76,7 @@ class TextGenerator:
         "Write on from a prompt"
         return prompt + "".join(self.stream(prompt, config, **changes))
 
-# %% ../../nbs/6_language/01_gpt.ipynb #199bd547
+# %% ../../nbs/6_language/01_gpt.ipynb #16d95ec7
 @dataclass
 class TextScore:
     "What a language model makes of a text"

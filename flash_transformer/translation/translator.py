@@ -112,9 +112,10 @@ def _settings(
     try:
         options = parser.parse_object({"model": recipe["model"], "decode": recipe.get("decode") or {}})
         shape, decode = TransformerConfig(**vars(options.model) | sizes), DecodeConfig(**vars(options.decode))
-        return shape, decode, recipe.get("data") or {}
     except Exception as e: # jsonargparse raises several unrelated types
         raise ValueError(f"{path}, model or decode: {' '.join(str(e).split())}") from e
+    if not isinstance(data := recipe.get("data") or {}, dict): raise ValueError(f"{path}: data is no section of fields")
+    return shape, decode, data
 
 # %% ../../nbs/5_translation/02_translator.ipynb #f2b508cf
 def open_run(
