@@ -296,8 +296,8 @@ def plot_run(
     run: str | Path,                    # folder that training left
     sentences: list[str] | None = None, # to be translated; the run's own if None
 ) -> list[Path]:                        # the pictures that were drawn
-    """Draw what a run left into its plots/, of a language model the learning curves alone; raises what `open_run` and the
-    plots raise"""
+    """Draw what a run left into its plots/, of a language model the learning curves alone; raises what `open_run` and
+    the plots raise"""
     run = Path(run)
     model, tokenizers, decode, _ = open_run(run)
     figures = {"learning_curves": plot_learning_curves(run)} if (run / "metrics.jsonl").exists() else {}

@@ -14,7 +14,6 @@ from flash_transformer.data import (
     MASK,
     EncodedText,
     MaskedText,
-    TokenizerPair,
     encode_text,
     load_text,
     text_pieces,

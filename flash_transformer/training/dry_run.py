@@ -147,7 +147,9 @@ def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length:
     budget, about = train.tokens_per_batch, "" if corpus.prepared else "about "
     things = {"pairs": "pairs", "text": "windows of text", "labelled": "texts"}[kind]
     found.lines["corpus"] = f"{corpus.name}: {about}{corpus.pairs:,} training {things}"
-    found.lines["tokens"] = f"{s.mean():.1f} source and {t.mean():.1f} target tokens each" + ("" if corpus.prepared
+    sides = f"{s.mean():.1f} source and {t.mean():.1f} target tokens each" if kind == "pairs" else \
+        f"{np.maximum(s, t).mean():.1f} tokens each"
+    found.lines["tokens"] = sides + ("" if corpus.prepared
         else f", in {len(s):,} pairs with a vocabulary learned on {4 * len(s):,} others")
     if not corpus.prepared and max_length > budget: raise ValueError(f"a pair of data.max_length = {max_length:,} "
         f"tokens would not fit into a batch of {budget:,}: lower it, or raise train.tokens_per_batch")
@@ -157,7 +159,8 @@ def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length:
     else: batches = corpus.pairs * np.maximum(s, t).mean() / budget
     epoch = math.ceil(batches / train.accumulate)
     steps = min(train.max_steps or math.inf, epoch * (train.max_epochs or math.inf))
-    found.lines["steps"] = (f"{train.accumulate} × ({budget:,} + {budget:,}) tokens, padding included; {about}"
+    batch = f"({budget:,} + {budget:,})" if kind == "pairs" else f"{budget:,}"
+    found.lines["steps"] = (f"{train.accumulate} × {batch} tokens, padding included; {about}"
         f"{epoch:,} an epoch; {steps:,} are {steps / epoch:.3g} epochs")
     found.numbers |= {"pairs": corpus.pairs, "steps_an_epoch": epoch, "steps": steps, "epochs": steps / epoch}
 
@@ -282,7 +285,7 @@ def _tell_time(found: DryRun, model, optimiser, corpus: _Corpus, train: TrainCon
     found.numbers |= {"seconds_a_step": a_step, "flop_rate": rate, "flop_ceiling": ceiling}
     where = accelerator.device.type + (f" × {world}" if world > 1 else "")
     found.lines["speed"] = (f"{a_step:.3g} s a step in {precision} on {where}, "
-        f"from {len(rows)} pairs, {cells:,} + {cells:,} tokens, forward and backward")
+        f"from {len(rows)} of them, {cells:,} tokens a side, forward and backward")
     found.lines["use"] = f"{rate / 1e9:,.0f} GFLOP/s, {rate / ceiling:.0%} of what large matrix products reach here"
     if not (steps := found.numbers.get("steps")): return
     found.numbers["hours"] = hours = a_step * steps / 3600
