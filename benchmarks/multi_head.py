@@ -182,7 +182,7 @@ def main():
     parser.add_argument("--out", type=Path, default=OUT, help=f"where the results go; {OUT.name} in results/")
     options = parser.parse_args()
     if options.steps < 3: parser.error("--steps: the first two are not timed, so give at least 3")
-    try: text, _ = load_text(options.text)
+    try: text = load_text(options.text)["train"]
     except (OSError, ValueError) as error: sys.exit(str(error))
     torch.set_num_threads(1)
     _keep_memory()

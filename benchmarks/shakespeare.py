@@ -42,7 +42,8 @@ def main():
     parser.add_argument("--wall_minutes", type=float, help="of the whole train command, as the shell's `time` told it")
     options = parser.parse_args()
     generator, (model, _, _, data) = TextGenerator.from_run(options.run), open_run(options.run)
-    score = score_text(generator, load_text(data["train"], data["validation"], data["corpus"], data["path"])[1])
+    text = load_text(data["train"], data["validation"], corpus=data["corpus"], path=data["path"])["validation"]
+    score = score_text(generator, text)
     length, device = generator.context, torch.device("cpu")
     found = curves(options.run) | {
         "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": model.config.target_vocab_size,

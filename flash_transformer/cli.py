@@ -29,21 +29,22 @@ from . import attention as attention_room
 from .config import Recipe, add_fields, add_recipe, one_line, to_recipe
 from flash_transformer.data import (
     DataConfig,
-    MaskedText,
     Prepared,
     Report,
     TokenizerPair,
     corpus_of,
-    encode_text,
     labelled_of,
     load_corpus,
-    load_labelled,
-    load_text,
     prepare,
+    read_labelled,
     read_split,
+    read_text,
+    read_texts,
     stream,
     text_of,
+    windows_of,
 )
+from .data.labelled import LABELLED
 from flash_transformer.language import (
     TextClassifier,
     TextGenerator,
@@ -121,16 +122,14 @@ def preprocess(
     _refuse_existing(run, overwrite, keep=("data",))
     if not overwrite: _refuse_other_data(recipe, run)
     if recipe.data.streaming: raise ValueError("data.streaming keeps nothing of a corpus: leave preprocess away, or it")
-    prepared = prepare(recipe.data, run / "data", recipe.train.start and TokenizerPair.load(recipe.train.start))
+    prepared = prepare(recipe.data, run / "data", _begun(recipe, run))
     _clear(run, keep=("data",))
-    tokenizers, train, things = prepared.tokenizers, prepared.train, _THINGS[recipe.data.kind]
+    tokenizers, train, things = prepared.tokenizers, prepared.train, prepared.train.things
     if recipe.data.kind == "pairs": print(f"{prepared.report}\n")
     print(f"{len(train):,} training {things}, "
         f"{int(train.source_lengths.sum()):,} source and {int(train.target_lengths.sum()):,} target tokens\n"
         f"{len(prepared.validation):,} validation {things}; vocabulary of {tokenizers.source_size:,}"
         f"{'' if tokenizers.joint else f' and {tokenizers.target_size:,}'} tokens\nprepared in {run / 'data'}")
-
-_THINGS = {"pairs": "pairs", "text": "windows", "labelled": "texts"} # what a corpus has so many of
 
 # %% ../nbs/cli.ipynb #9a9491cb
 def _keep_memory():
@@ -173,7 +172,7 @@ def _show_text(prepared: Prepared, context: int) -> Callable[[CausalLM], dict]:
 
 def _show_accuracy(prepared: Prepared, tokens_per_batch: int) -> Callable[[nn.Module], dict]:
     def show(model):
-        share = accuracy(model, prepared.validation, max(tokens_per_batch, prepared.validation.source_lengths.max()))
+        share = accuracy(model, prepared.validation, tokens_per_batch)
         tqdm.write(f"  right: {share:.1%}")
         return {"accuracy": share}
     return show
@@ -187,10 +186,43 @@ def _watch(recipe: Recipe, prepared: Prepared) -> Callable[[nn.Module], dict]:
 # %% ../nbs/cli.ipynb #ab424895
 def _refuse_other_model(recipe: Recipe, run: Path):
     "Raises ValueError when `run` trains a model of another shape than `recipe`'s; dropout may change"
-    before = yaml.safe_load((run / "config.yaml").read_bytes())["model"]
+    before = _recipe_of(run)["model"]
     changed = [f"model.{name}" for name, value in recipe.to_dict()["model"].items()
         if "dropout" not in name and before.get(name, value) != value]
     if changed: raise ValueError(f"{run} has another {', '.join(changed)}: what goes on from it keeps its model")
+
+def _recipe_of(run: Path) -> dict:
+    "What its config.yaml says; raises ValueError or FileNotFoundError for a folder that is no run"
+    path = run / "config.yaml"
+    if not path.is_file(): raise FileNotFoundError(f"{run} is no run folder: it has no config.yaml")
+    try: recipe = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as e: raise ValueError(f"{path} is damaged: {one_line(e)}") from e
+    if isinstance(recipe, dict) and all(isinstance(recipe.get(name), dict) for name in ("data", "model")): return recipe
+    raise ValueError(f"{path} is no recipe with sections data and model")
+
+def _refuse_other_task(recipe: Recipe, run: Path):
+    "Raises ValueError when what `run` learns is of another kind"
+    before = asdict(DataConfig()) | _recipe_of(run)["data"]
+    was = DataConfig(**{name: before[name] for name in ("corpus", "mask")})
+    if (was.kind, was.mask > 0) != (recipe.data.kind, recipe.data.mask > 0):
+        raise ValueError(f"{run} learns from data.corpus {was.corpus} with data.mask {was.mask}, another task than "
+            f"{recipe.data.corpus} with {recipe.data.mask}: what is resumed keeps its own")
+
+def _begun(recipe: Recipe, run: Path) -> TokenizerPair | None:
+    "Tokenizers of the run that `train.start` names, if one; raises ValueError or an OSError if it cannot be begun with"
+    if not recipe.train.start: return None
+    start = Path(recipe.train.start)
+    if not (start / "model.safetensors").is_file():
+        raise FileNotFoundError(f"train.start: {start} is no run folder with weights to begin with")
+    if start.resolve() == run.resolve(): raise ValueError(f"train.start is {run} itself: choose another --run")
+    _refuse_other_model(recipe, start)
+    before = asdict(DataConfig()) | _recipe_of(start)["data"]
+    changed = [f"data.{name}" for name in ("tokenizer", "vocab_size") if before[name] != getattr(recipe.data, name)]
+    if changed: raise ValueError(f"{start} has another {', '.join(changed)}: what begins with it keeps its tokenizers")
+    tokenizers = TokenizerPair.load(start)
+    if recipe.data.mask and tokenizers.mask_id is None:
+        raise ValueError(f"{start} was trained without data.mask: its tokenizers know no <mask>")
+    return tokenizers
 
 # %% ../nbs/cli.ipynb #cb9cbf63
 def _refuse_to_train(recipe: Recipe, run: Path, resume: bool, overwrite: bool):
@@ -198,18 +230,16 @@ def _refuse_to_train(recipe: Recipe, run: Path, resume: bool, overwrite: bool):
     if resume and overwrite: raise ValueError("--resume goes on with a run, --overwrite throws it away: give one")
     if resume and not RunFolder(run).checkpoints():
         raise FileNotFoundError(f"{run} holds no checkpoint to resume from: train without --resume")
-    if resume: return _refuse_other_model(recipe, run)
-    if start := recipe.train.start:
-        if not (Path(start) / "model.safetensors").is_file():
-            raise FileNotFoundError(f"train.start: {start} is no run folder with weights to begin with")
-        _refuse_other_model(recipe, Path(start))
+    if resume:
+        _refuse_other_model(recipe, run)
+        return _refuse_other_task(recipe, run)
+    _begun(recipe, run)
     _refuse_existing(run, overwrite, keep=("data",))
     if not overwrite: _refuse_other_data(recipe, run)
 
 def _prepared(recipe: Recipe, run: Path, resume: bool, first: bool) -> Prepared: # is this the first process?
     "What `prepare` returns; of a corpus that is streamed, its folder keeps the tokenizers alone"
-    before = run if resume else recipe.train.start
-    learned = TokenizerPair.load(before) if before else None
+    learned = TokenizerPair.load(run) if resume else _begun(recipe, run)
     if not recipe.data.streaming: return prepare(recipe.data, run / "data", learned)
     if not first and not resume: learned = TokenizerPair.load(run / "data")    # where the first one has put them
     prepared = Prepared(*stream(recipe.data, learned), Report())
@@ -230,9 +260,14 @@ def _new_model(recipe: Recipe, prepared: Prepared, resume: bool) -> nn.Module:
 def _save_labels(labels: list[str], path: Path):
     with whole(path) as new: new.write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
 
-def _described(trainer: Trainer, kind: str) -> str:
+def _refuse_other_labels(labels: list[str] | None, run: Path):
+    "Raises ValueError when `run` knows its classes by other names"
+    known = json.loads((run / "labels.json").read_bytes()) if (run / "labels.json").exists() else None
+    if known != labels: raise ValueError(f"{run} knows the classes {known}, and the texts have {labels}: train anew")
+
+def _described(trainer: Trainer) -> str:
     parameters = sum(p.numel() for p in trainer.bare.parameters())
-    return (f"{parameters:,} parameters, {len(trainer.course.pairs):,} {_THINGS[kind]}, "
+    return (f"{parameters:,} parameters, {len(trainer.course.pairs):,} {trainer.course.pairs.things}, "
         f"{trainer.precision} on {trainer.accelerator.device}"
         f"{f', {trainer.world} processes ({trainer.config.parallel})' if trainer.world > 1 else ''}")
 
@@ -250,6 +285,7 @@ def train(
         if processes.is_main_process: _refuse_to_train(recipe, run, resume, overwrite)
         prepared = _prepared(recipe, run, resume, processes.is_main_process)
     model = _new_model(recipe, prepared, resume)
+    if resume: _refuse_other_labels(getattr(model, "labels", None), run)
     show = _watch(recipe, prepared)
     trainer = Trainer(model, prepared.train, prepared.validation, recipe.train, run, show)
     if trainer.main:
@@ -258,10 +294,11 @@ def train(
             prepared.tokenizers.save(run)
             if isinstance(model, Classifier): _save_labels(model.labels, run / "labels.json")
         recipe.save(run / "config.yaml")
-        print(_described(trainer, recipe.data.kind), flush=True)
+        print(_described(trainer), flush=True)
     with all_alive(run): agree(0)                              # nobody looks into the folder before it is in order
     best = trainer.fit(resume)
-    if trainer.main: print(f"lowest validation loss {best:.3f} nats a token\nweights in {run / 'model.safetensors'}, "
+    if trainer.main: print(f"lowest validation loss {best:.3f} nats a {prepared.train.label}\n"
+        f"weights in {run / 'model.safetensors'}, "
         f"checkpoints in {run / 'checkpoints'}, metrics in {run / 'metrics.jsonl'}")
 
 # %% ../nbs/cli.ipynb #ccbbd1d2
@@ -278,11 +315,12 @@ def evaluate(
     if not described and not data: raise ValueError(f"{run / 'config.yaml'} names no corpus: give text with --data")
     try: config = DataConfig(**described)
     except TypeError as e: raise ValueError(f"{run / 'config.yaml'}, data: {e}") from e
-    if beam is not None and config.kind != "pairs": raise ValueError(f"--beam is for translators, and {run} holds none")
+    if beam is not None and not isinstance(model, Transformer):
+        raise ValueError(f"--beam is for translators, and {run} holds none")
     if data and split: raise ValueError("--data is another text, --split one of the recipe's: give one")
-    if config.kind == "pairs":
+    if isinstance(model, Transformer):
         scores = _score_pairs(Translator(model, tokenizers, decode), config, data, split, _changes(beam))
-    elif config.kind == "labelled":
+    elif isinstance(model, Classifier):
         scores = _score_labelled(TextClassifier(model, tokenizers, config.max_length), config, data, split)
     else: scores = _score_text(model, tokenizers, config, data, split)
     scores.save(run / "evaluation.json")
@@ -294,15 +332,15 @@ def _of(corpus, split: str):
     raise ValueError(f"the corpus has no {split} split, only {', '.join(corpus)}: give --split, or text with --data")
 
 def _score_labelled(classifier: TextClassifier, config: DataConfig, data: str | None, split: str | None):
-    corpus = load_labelled(train=data) if data else labelled_of(config)
-    return score_classes(classifier, _of(corpus, "train" if data else split or "test"))
+    if data: return score_classes(classifier, read_labelled(data, classifier.model.labels))
+    return score_classes(classifier, _of(labelled_of(config), split or "test"))
 
 def _score_text(model, tokenizers: TokenizerPair, config: DataConfig, data: str | None, split: str | None):
-    texts = {"validation": load_text(data, data)[1]} if data else dict(zip(("train", "validation"), text_of(config)))
-    text = _of(texts, split or "validation")
+    if not data: text = _of(text_of(config), split or "validation")
+    elif config.corpus in LABELLED: text = "\n".join(read_texts(data)["text"])     # without a look at their labels
+    else: text = read_text(data)
     if isinstance(model, CausalLM): return score_text(TextGenerator(model, tokenizers, config.max_length), text)
-    return score_gaps(model, MaskedText(encode_text(text, tokenizers), config.max_length, tokenizers.mask_id,
-        tokenizers.source_size, config.mask, config.seed))
+    return score_gaps(model, windows_of(config, text, tokenizers))
 
 def _score_pairs(translator: Translator, config: DataConfig, data: str | None, split: str | None, changes: dict):
     split = split or "test"
@@ -342,7 +380,8 @@ def classify(
     "Put each line of standard input into a class: its name, a tab, its probability"
     classifier = TextClassifier.from_run(run, device)
     for chunk in _lines():
-        for name, p in classifier.classify(chunk): print(f"{name}\t{p:.4f}", flush=True)
+        found = iter(classifier.classify([line for line in chunk if line.strip()]))
+        for line in chunk: print("{}\t{:.4f}".format(*next(found)) if line.strip() else "", flush=True)
 
 
 def sample(
@@ -461,7 +500,7 @@ def _command(arguments: list[str]):
 
 def _report(recipe: Recipe, run: Path):
     "What `train --dry-run` says; raises ValueError for what would stop the training"
-    found = dry_run(recipe.data, recipe.model, recipe.train, run / "data")
+    found = dry_run(recipe.data, recipe.model, recipe.train, run / "data", _begun(recipe, run))
     if int(os.environ.get("RANK", 0)) == 0: print(found)       # all processes have found the same
     if found.problems: raise ValueError(" ".join(found.problems))
 

@@ -41,6 +41,12 @@ class Recipe:
     def __post_init__(self):
         if self.model.tie_embeddings == "all" and not self.data.joint:        # their sizes may happen to be equal
             raise ValueError("tie_embeddings: all needs one vocabulary: set data.joint, or model.tie_embeddings target")
+        if self.train.schedule == "cosine" and self.data.streaming and not self.train.max_steps:
+            raise ValueError("train.schedule cosine needs a last step, and a stream tells none: set train.max_steps")
+        learned = self.data.kind != "pairs" and self.model.positions == "learned"
+        if learned and self.data.max_length > self.model.max_length:
+            raise ValueError(f"data.max_length is {self.data.max_length}, but the model has learned places for "
+                             f"model.max_length = {self.model.max_length} tokens only")
         kind, wanted = _WANTED[self.data.kind, self.data.mask > 0]
         found = self.model.encoder_layers > 0, self.model.decoder_layers > 0
         if found != wanted:

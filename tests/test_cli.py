@@ -160,6 +160,22 @@ def test_overwrite_and_resume(run, text, command, contents, finished):
     assert load_recipe(run / "config.yaml").train.max_steps == 22
 
 
+def test_a_cosine_over_epochs_is_resumed_as_it_was(text, tmp_path, command, metrics):
+    "Packed epochs differ by some steps: the cosine's end is that of the first one, in whichever epoch a run goes on"
+    run = tmp_path / "run"
+    assert command("train", "--config", text / "tiny.yaml", "--run", run, "--train.max_steps", "null",
+        "--train.max_epochs", 3, "--train.schedule", "cosine", "--train.keep_checkpoints", 50)[0] == 0
+    whole, rates = load_file(run / "model.safetensors"), [line.get("learning_rate") for line in metrics(run)]
+    steps = {line["step"]: line["epoch"] for line in metrics(run) if "validation_loss" in line}
+    for step, epoch in steps.items():
+        if epoch >= 2: shutil.rmtree(run / "checkpoints" / f"{step:08d}")
+    (run / "model.safetensors").unlink()
+    assert command("train", "--run", run, "--resume")[0] == 0
+    assert [line.get("learning_rate") for line in metrics(run)] == rates
+    again = load_file(run / "model.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
 def test_a_mistake_does_not_cost_the_run_that_is_there(run, text, command, contents):
     before = contents(run)
     for mistake in ["--data.train", text / "nowhere"], ["--data.joint", "false"], ["--train.tokens_per_batch", "5"]:

@@ -176,14 +176,12 @@ def test_score_is_the_mean_over_the_text(trained, tmp_path, command):
     "Against cross-entropy written out window by window, and characters counted in the text itself"
     generator, text = TextGenerator.from_run(trained / "bpe"), TEXT[:3000]
     ids = torch.from_numpy(encode_text(text, generator.tokenizers).astype(np.int64))
-    count = len(ids) // 32 - 1                 # whole windows, but for one that an epoch's offset may need
-    windows = ids[:32 * count].view(count, 32), ids[1:32 * count + 1].view(count, 32)
-    with torch.no_grad(): logits = generator.model(windows[0])
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[1].flatten())
+    with torch.no_grad():                                                        # the last window is shorter
+        logits = torch.cat([generator.model(window[None])[0] for window in ids[:-1].split(32)])
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:])
     found = score_text(generator, text)
-    assert found.loss == pytest.approx(float(expected), abs=1e-5) and found.tokens == 32 * count
-    predicted = generator.tokenizers.decode_source(ids[:32 * count + 1].tolist())
-    assert abs(found.characters - len(predicted)) <= 8                        # all but those of the first token
+    assert found.loss == pytest.approx(float(expected), abs=1e-5) and found.tokens == len(ids) - 1
+    assert found.characters == len(text) - len(generator.tokenizers.decode_source([int(ids[0])]))
     (tmp_path / "text.txt").write_text(text)
     run = shutil.copytree(trained / "bpe", tmp_path / "run")
     status, out, said = command("evaluate", run, "--data", tmp_path / "text.txt")
@@ -193,6 +191,9 @@ def test_score_is_the_mean_over_the_text(trained, tmp_path, command):
     assert saved["per_character"] == pytest.approx(found.loss * found.tokens / found.characters)
     status, out, _ = command("evaluate", run)
     held_out = score_text(generator, TEXT[len(TEXT) * 9 // 10:])
+    for short in ("", "a"):
+        if len(encode_text(short, generator.tokenizers)) < 2:
+            with pytest.raises(ValueError, match="nothing to predict"): score_text(generator, short)
     assert status == 0 and f"perplexity {math.exp(held_out.loss):.3f}" in out
 
 
@@ -308,8 +309,13 @@ def test_classes(recipes, trained, tmp_path, command):
     assert status == 0 and f"40 texts, accuracy {float(right):.2%}" in out
     assert sum(sum(row.values()) for row in saved["confusion"].values()) == len(saved["texts"]) == 40
     assert command("evaluate", run, "--data", recipes / "test.csv")[:2] == (0, out)
-    status, out, _ = command("classify", run, stdin="\n".join(texts["text"]).encode())
-    lines = [line.split("\t") for line in out.splitlines()]
+    one = [text for text, label in zip(texts["text"], texts["label"]) if label == 1]          # of one class: it scores
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps({"text": text, "label": "1"}) + "\n" for text in one))
+    status, out, said = command("evaluate", run, "--data", tmp_path / "one.jsonl")
+    assert status == 0 and f"{len(one)} texts" in out, said
+    status, out, _ = command("classify", run, stdin="\n \n".join(texts["text"]).encode())
+    assert not any(out.splitlines()[1::2])                                                    # nothing of nothing
+    lines = [line.split("\t") for line in out.splitlines()[::2]]
     assert [name for name, _ in lines] == [row["predicted"] for row in saved["texts"]]
     assert [float(p) for _, p in lines] == pytest.approx([row["probability"] for row in saved["texts"]], abs=1e-4)
 
@@ -388,14 +394,63 @@ def test_recipe_that_is_wrong(recipes, tmp_path, command, options, names):
 
 
 @pytest.mark.parametrize("options, names", [
-    ("--train.start /nowhere", "/nowhere"), ("--train.start {bpe}", "model.encoder_layers"),
+    ("--train.start /nowhere", "/nowhere"), ("--train.start {masked} --data.vocab_size 280", "data.vocab_size"),
+    ("--train.start {run}", "itself"), ("--train.start {broken}", "config.yaml"),
+    ("--model.max_length 20", "learned places"), ("--data.mask -0.1", "data.mask"),
+    ("--train.start {bpe}", "model.encoder_layers"),
     ("--train.start {masked} --model.d_ff 64", "model.d_ff"), ("--data.train {text}", "text.txt"),
     ("--model.decoder_layers 1", "model.decoder_layers must be 0"), ("--data.corpus imdb --data.path x", "path"),
     ("--data.validation null", "--data.validation"), ("--data.max_length 2", "max_length")])
-def test_recipe_of_a_classifier_that_is_wrong(recipes, trained, tmp_path, command, options, names):
-    options = options.format(bpe=trained / "bpe", masked=trained / "masked", text=recipes / "text.txt")
-    wrong(command("train", "--config", recipes / "classes.yaml", "--run", tmp_path / "run", *options.split()), names)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+def test_recipe_of_a_classifier_that_is_wrong(recipes, trained, tmp_path, command, contents, options, names):
+    broken, run = shutil.copytree(trained / "masked", tmp_path / "broken"), tmp_path / "run"
+    (broken / "config.yaml").write_text("{")
+    if "{run}" in options: shutil.copytree(trained / "masked", run)
+    before = contents(run)
+    options = options.format(bpe=trained / "bpe", masked=trained / "masked", text=recipes / "text.txt", broken=broken,
+        run=run)
+    for more in (["--overwrite"], ["--overwrite", "--dry-run"])[:1 + ("start" in options)]:
+        wrong(command("train", "--config", recipes / "classes.yaml", "--run", run, *options.split(), *more), names)
+    assert contents(run) == before if before else not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("content", ["", "model: 3\ndata: {}", "data: {}", "- 1"])
+def test_a_start_that_is_no_run(recipes, trained, tmp_path, command, content):
+    start = shutil.copytree(trained / "masked", tmp_path / "start")
+    (start / "config.yaml").write_text(content)
+    wrong(command("train", "--config", recipes / "classes.yaml", "--run", tmp_path / "run", "--train.start", start),
+        "config.yaml", "no recipe")
+
+
+def test_what_is_resumed_keeps_its_task_and_its_classes(recipes, trained, tmp_path, command, contents):
+    run = shutil.copytree(trained / "classes", tmp_path / "run")
+    before, resume = contents(run), ("train", "--run", run, "--resume")
+    wrong(command(*resume, "--data.mask", "0.15"), "data.mask")
+    wrong(command(*resume, "--data.corpus", "shakespeare"), "shakespeare")
+    assert contents(run) == before
+    texts = (recipes / "train.csv").read_text().replace(",1\n", ",bad\n").replace(",0\n", ",awesome\n")
+    (tmp_path / "train.csv").write_text(texts)
+    other = ("--data.train", tmp_path / "train.csv", "--data.validation", tmp_path / "train.csv", "--data.test", "null")
+    wrong(command(*resume, *other), "'awesome'")
+    assert {name: x for name, x in contents(run).items() if not name.startswith("data")} == {
+        name: x for name, x in before.items() if not name.startswith("data")}
+    assert command(*resume, "--train.max_steps", 22)[0] == 0               # and it can still go on
+
+
+def test_gaps_are_scored_on_labelled_files(recipes, trained, tmp_path, command):
+    "Their texts, not their labels; every split there is"
+    run = shutil.copytree(trained / "masked", tmp_path / "run")
+    outs = [command("evaluate", run, *more) for more in (("--data", recipes / "test.csv"), ("--split", "test"))]
+    assert outs[0] == outs[1] and outs[0][0] == 0
+
+
+def test_a_word_model_of_one_line(tmp_path, command, recipes):
+    "Neither newline nor space is a token: it writes all the same"
+    (tmp_path / "line.txt").write_text(TEXT.replace("\n", " "))
+    status, out, said = command("train", "--config", recipes / "char.yaml", "--run", tmp_path / "run",
+        "--train.max_steps", 5, "--data.train", tmp_path / "line.txt", "--data.tokenizer", "word")
+    assert status == 0, said
+    assert command("sample", tmp_path / "run", "--max_new_tokens", 5)[0] == 0
+    wrong(command("sample", tmp_path / "run", "--prompt", "The zebra"), "The zebra")
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "[1, 2]", '{"a": 1}'])
@@ -430,7 +485,7 @@ def test_commands_for_other_models(trained, finished, command):
 
 
 @pytest.mark.parametrize("name, things",
-    [("char", "windows of text"), ("masked", "windows of text"), ("classes", "texts")])
+    [("char", "windows"), ("masked", "windows"), ("classes", "texts")])
 def test_dry_run(recipes, tmp_path, command, name, things):
     "says what it takes, and leaves nothing"
     status, out, said = command("train", "--config", recipes / f"{name}.yaml", "--run", tmp_path / "run", "--dry-run")

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_transformer.attention import MultiHeadAttention
-from flash_transformer.model import Transformer, TransformerConfig, build, configuration
+from flash_transformer.model import Classifier, MaskedLM, Transformer, TransformerConfig, build, configuration
 from flash_transformer.training import (
     adam,
     choose_precision,
@@ -96,6 +96,21 @@ def test_flops_are_those_that_pytorch_counts(changes):
     many = np.full(3_000_000, 100, dtype=np.uint16)
     assert training_flops(model.config, many, many) == 3_000_000 * training_flops(model.config, [100], [100])
     assert training_flops(model.config, [], []) == 0
+
+
+def test_flops_of_an_encoder_alone():
+    "Gaps and classes: the head's matrix and its output, for as many places as there are labels"
+    c = TransformerConfig(d_model=16, d_ff=24, heads=2, encoder_layers=2, decoder_layers=0, source_vocab_size=30,
+        target_vocab_size=30)
+    masked, classifier = MaskedLM(c), Classifier(c, 3)
+    for module in [*masked.modules(), *classifier.modules()]:
+        if isinstance(module, MultiHeadAttention): module.backend = "naive"
+    ids, keep = torch.full((2, 9), 5), torch.zeros(2, 9, dtype=torch.bool)
+    keep[:, [1, 4, 7]] = True
+    for model, run, labels, classes in ((masked, lambda: masked(ids, keep=keep), 3, 0),
+                                        (classifier, lambda: classifier(ids), 1, 3)):
+        with FlopCounterMode(display=False) as counter: run().sum().backward()
+        assert counter.get_total_flops() == training_flops(c, [9, 9], [labels] * 2, classes)
 
 
 def test_ceiling_and_peak():

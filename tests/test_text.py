@@ -41,9 +41,14 @@ def test_there_and_back(text, kind):
 def test_files(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as file: file.write(TEXT[:500])
-    train, validation = load_text(tmp_path / "a.txt")
+    train, validation = load_text(tmp_path / "a.txt").values()
     assert train + validation == TEXT and len(train) == len(TEXT) * 9 // 10
-    assert load_text(tmp_path / "a.txt", tmp_path / "b.txt.gz") == (TEXT, TEXT[:500])
+    both = {"train": TEXT, "validation": TEXT[:500]}
+    assert load_text(tmp_path / "a.txt", tmp_path / "b.txt.gz") == both
+    assert load_text(tmp_path / "a.txt", tmp_path / "b.txt.gz", tmp_path / "a.txt") == both | {"test": TEXT}
+    with pytest.raises(ValueError, match="none to learn from"): load_text(validation=tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="path replaces the hub"): load_text(tmp_path / "a.txt", path=tmp_path)
+    with pytest.raises(ValueError, match="--data.train"): load_text()
     with pytest.raises(FileNotFoundError, match="c.txt"): load_text(tmp_path / "c.txt")
     (tmp_path / "d.txt").write_text("short")
     with pytest.raises(ValueError, match="too few"): load_text(tmp_path / "d.txt")
@@ -112,12 +117,13 @@ def test_four_fifths_are_masked():
     assert n == 15 * len(text) and (words[words != 4] > 4).all()
 
 
-def test_gaps_are_those_of_seed_and_epoch_and_batch():
+def test_gaps_are_those_of_seed_and_epoch_and_window():
+    "in whatever batch"
     ids = np.arange(5, 905, dtype=np.uint16)
     def source(seed, epoch, rows): return MaskedText(ids, 32, 4, 905, seed=seed).window(epoch, 0).batch(rows).source
-    assert torch.equal(source(1, 2, [3, 4]), source(1, 2, [3, 4]))
-    places = {tuple((source(seed, epoch, rows) == 4)[0].tolist()) for seed, epoch, rows in
-              ((1, 2, [3, 4]), (2, 2, [3, 4]), (1, 3, [3, 4]), (1, 2, [4, 3]))}
+    assert torch.equal(source(1, 2, [3, 4]), source(1, 2, [9, 4, 3, 0])[[2, 1]])
+    places = {tuple((source(seed, epoch, [row]) == 4)[0].tolist()) for seed, epoch, row in
+              ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))}
     assert len(places) == 4
 
 
@@ -150,8 +156,8 @@ def test_the_mask_is_no_text():
 def test_inside_a_text_no_space_is_put_before(text):
     text = unicodedata.normalize("NFC", text)
     tokenizers = text_tokenizer_of_bytes()
-    if text: assert tokenizers.decode_source(tokenizers.encode_inner("." + text)) == "." + text
-    assert tokenizers.encode_inner(" " + text) == tokenizers.encode_source([text])[0][:-1]
+    assert tokenizers.decode_source(tokenizers.encode_inner("." + text)) == "." + text
+    if text: assert tokenizers.encode_inner(" " + text) == tokenizers.encode_source([text])[0][:-1]
 
 
 def text_tokenizer_of_bytes(kept=[]):                      # noqa: B006 - made once

@@ -72,6 +72,8 @@ def _lengths(offsets):
 class EncodedPairs:
     "A corpus as ids: each side one flat array of all tokens, and the offsets at which its sentences start"
     packs = True                   # may several pairs share a row?
+    things, label = "pairs", "token" # what there are so many of, and what one label is, for people to read
+    tokens_a_label = 1.            # that a model reads for each label: for the speed of those that have few labels
 
     def __init__(self,
         source:np.ndarray,         # (tokens,) uint16 or int32, x… </s> of each sentence, one after the other

@@ -168,6 +168,8 @@ def _clean(table, config): # `pa.Table` of source and target, `DataConfig` -> `p
 # %% ../../nbs/3_data/07_streaming.ipynb #5d52d6bd
 class StreamedPairs:
     "A corpus of which one window at a time is at hand: what the trainer asks of `EncodedPairs`, it can ask of this"
+    things, label, tokens_a_label = "pairs", "token", 1.
+
     def __init__(self,
         pieces,     # `Pieces` of the training split
         tokenizers, # a `TokenizerPair`

@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'PAD', 'UNK', 'BOS', 'EOS', 'SPECIALS', 'MASK', 'TokenizerPa
 
 # %% ../../nbs/3_data/03_tokenizers.ipynb #5fc475ab
 import json
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -155,11 +155,16 @@ class TokenizerPair:
     @property
     def mask_id(self): return self.source.token_to_id(MASK) # None if it was trained without
 
-    def encode_inner(self, text): # str
-        "Source ids of what stands in the midst of a text: no space is put before it, no mark at its ends"
+    @cached_property
+    def inner(self): # -> `Tokenizer`
+        "The source's tokenizer for what stands in the midst of a text: it puts no space before it"
         inner = Tokenizer.from_str(self.source.to_str())
         inner.normalizer = normalizers.NFC()
-        return inner.encode(text, add_special_tokens=False).ids
+        return inner
+
+    def encode_inner(self, text): # str
+        "Source ids of what stands in the midst of a text: no space is put before it, no mark at its ends"
+        return self.inner.encode(text, add_special_tokens=False).ids
 
     def encode_source(self, texts): # list of sentences
         "A list of ids for each sentence, ended by `</s>`"

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ..data import UNK, EncodedText, TokenizerPair, encode_text
+from ..data import BOS, UNK, EncodedPairs, TokenizerPair, encode_text
 from ..model import CausalLM, SampleConfig, stream
 from ..training import validation_loss, whole
 from ..translation import of_kind
@@ -42,12 +43,20 @@ class TextGenerator:
     def encode(self,
         prompt: str,
     ) -> list[int]: # ids, a newline first, after which texts begin
-        "Raises ValueError for characters that the tokenizer has never seen"
-        ids = self.tokenizers.encode_inner("\n" + prompt)
-        if ids[0] == UNK: ids = self.tokenizers.encode_inner(prompt or " ")       # a text of one line only
-        if UNK not in ids: return ids
-        strange = sorted({c for c in prompt if UNK in self.tokenizers.encode_inner(c)})
-        raise ValueError(f"the prompt holds what this model has never seen: {' '.join(map(repr, strange)) or prompt!r}")
+        "Raises ValueError for what the tokenizer has never seen"
+        try: prompt.encode()
+        except UnicodeEncodeError as e: raise ValueError(f"the prompt is no text in UTF-8: {prompt!r}") from e
+        text = "\n" + prompt
+        found = self.tokenizers.inner.encode(text, add_special_tokens=False)
+        strange = [text[a:b] for i, (a, b) in zip(found.ids, found.offsets) if i == UNK]
+        if strange[:1] == ["\n"]: return self._without_lines(prompt)
+        if not strange: return found.ids
+        raise ValueError(f"the prompt holds what this model has never seen: {', '.join(map(repr, strange))}")
+
+    def _without_lines(self, prompt): # for a model whose text had no newline
+        ids = self.tokenizers.encode_inner(prompt) or [BOS]
+        if UNK in ids: raise ValueError(f"the prompt holds what this model has never seen: {prompt!r}")
+        return ids
 
     def stream(self,
         prompt: str = "",
@@ -81,7 +90,7 @@ class TextGenerator:
 class TextScore:
     "What a language model makes of a text"
     tokens: int     # that were to be predicted
-    characters: int # that they are
+    characters: int # of the text, which they make up
     loss: float     # mean cross-entropy, nats a token
 
     @property
@@ -101,11 +110,14 @@ def score_text(
     generator: TextGenerator,
     text: str,
 ) -> TextScore:
-    """Cross-entropy of a text, cut into windows as in training; the first words of a window are predicted from few.
-    Raises ValueError for a text of less than two windows"""
+    """Cross-entropy of all tokens but the first, the text cut into windows as in training, the last one shorter; the
+    first words of a window are predicted from few. Raises ValueError for a text without a second token"""
     tokenizers, length = generator.tokenizers, generator.context or 512
     ids = encode_text(text, tokenizers)
-    windows = EncodedText(ids, length)
+    if len(ids) < 2: raise ValueError(f"a text of {len(ids)} tokens: there is nothing to predict")
+    starts = np.append(np.arange(0, len(ids) - 1, length), len(ids) - 1)
+    windows = EncodedPairs(ids[:0], np.zeros(len(starts), np.int64), ids, starts)
+    windows.target_lengths[:] = np.diff(starts)          # the last label of a window is the first token of the next one
     loss = validation_loss(generator.model, windows, 16 * length, next(generator.model.parameters()).device)
-    predicted = windows.ids[1:int(windows.target_offsets[-1]) + 1]
-    return TextScore(len(predicted), len(tokenizers.decode_source(predicted.tolist())), loss)
+    first = len(tokenizers.decode_source(ids[:1].tolist()))                          # what nobody had to predict
+    return TextScore(len(ids) - 1, len(text) - first, loss)

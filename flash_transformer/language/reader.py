@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
 from flash_transformer.data import (
@@ -25,6 +26,7 @@ from flash_transformer.data import (
     TokenizerPair,
     plan_batches,
 )
+from ..data.tokenizers import SPECIALS
 from ..model import Classifier, MaskedLM
 from ..training import validation_loss, whole
 from ..translation import of_kind
@@ -54,12 +56,17 @@ class MaskFiller:
         "Raises ValueError for a text without a gap"
         first, *others = text.split(MASK)
         if not others: raise ValueError(f"the text has no gap: write {MASK} where something is missing")
-        first = first.removesuffix(" ")                       # a token brings the space before it along
-        ids = self.tokenizers.encode_source([first])[0][:-1] if first else []
-        for part in others:
+        space = "" if self._letters() else " "                # what a token of a word brings along
+        ids = self.tokenizers.encode_source([first.removesuffix(space)])[0][:-1] if first else []
+        for i, part in enumerate(others, 1):
             ids.append(self.tokenizers.mask_id)
-            ids += self.tokenizers.encode_inner(part if part is others[-1] else part.removesuffix(" "))
+            ids += self.tokenizers.encode_inner(part if i == len(others) else part.removesuffix(space))
         return [BOS, *ids, EOS]
+
+    def _letters(self): # are tokens characters?
+        source = self.tokenizers.source
+        return isinstance(source.model, WordLevel) and all(len(word) == 1 or word in (*SPECIALS, MASK)
+            for word in source.get_vocab())
 
     @torch.inference_mode()
     def fill(self,
@@ -81,7 +88,9 @@ class TextClassifier:
         tokenizers: TokenizerPair,
         max_length: int | None = None, # tokens of a text that are read
     ):
-        self.model, self.tokenizers, self.max_length = model.eval(), tokenizers, max_length
+        c = model.config
+        places = [n for n in (max_length, c.max_length if c.positions == "learned" else None) if n]
+        self.model, self.tokenizers, self.max_length = model.eval(), tokenizers, min(places, default=None)
 
     @classmethod
     def from_run(cls,
@@ -136,7 +145,8 @@ def accuracy(
     if isinstance(model, Classifier):
         return float((class_logits(model, texts, tokens_per_batch).argmax(-1).numpy() == texts.classes).mean())
     device, right, total = next(model.parameters()).device, 0, 0
-    for rows in plan_batches(texts.source_lengths, texts.target_lengths, tokens_per_batch, shuffle=False):
+    budget = max(tokens_per_batch, int(texts.source_lengths.max()))
+    for rows in plan_batches(texts.source_lengths, texts.target_lengths, budget, shuffle=False):
         batch = texts.batch(rows).to(device)
         gaps = batch.labels != PAD
         right += int((model(batch.source, batch.source_lengths, keep=gaps).argmax(-1) == batch.labels[gaps]).sum())

@@ -80,14 +80,14 @@ class _Corpus(NamedTuple):
     @property
     def labels(self) -> list[str] | None: return getattr(self.train, "names", None) # of texts that are to be classified
 
-def _look_at_corpus(data: DataConfig, folder: Path | None) -> _Corpus:
+def _look_at_corpus(data: DataConfig, folder: Path | None, learned: TokenizerPair | None) -> _Corpus:
     "Is the corpus there, and what is in it?"
     if folder and not data.streaming and (before := _settings_of(folder)) is not None:
         if before != asdict(data): raise ValueError(f"{folder} was prepared with other data settings: preprocess again")
         prepared = Prepared.load(folder)
         return _Corpus(str(folder), len(prepared.train), prepared.train, prepared.tokenizers, True)
     if data.kind != "pairs":                                # these are small: look at all of it
-        prepared = prepare(data)
+        prepared = prepare(data, None, learned)
         return _Corpus(data.train or data.corpus, len(prepared.train), prepared.train, prepared.tokenizers, True)
     kind = "files" if data.train else data.corpus
     check_rules(data.clean)
@@ -96,7 +96,8 @@ def _look_at_corpus(data: DataConfig, folder: Path | None) -> _Corpus:
     sample = Dataset(sample.filter(pa.array(stays)))
     test = np.arange(len(sample)) % 5 == 0                  # a vocabulary fits those best that it was learned on
     if len(sample) < 10: raise ValueError(f"{name}: {len(sample)} pairs are left, too few to learn from")
-    tokenizers = TokenizerPair.train(sample.select(np.flatnonzero(~test)), data.tokenizer, data.vocab_size, data.joint)
+    tokenizers = learned or TokenizerPair.train(sample.select(np.flatnonzero(~test)), data.tokenizer, data.vocab_size,
+        data.joint)
     encoded = EncodedPairs.encode(sample.select(np.flatnonzero(test)), tokenizers, data.max_length)
     kept = len(encoded) / (len(encoded) + encoded.dropped) * stays.mean()
     return _Corpus(name, round(pairs * kept), encoded, tokenizers, False)
@@ -145,8 +146,7 @@ def _tell_corpus(found: DryRun, corpus: _Corpus, train: TrainConfig, max_length:
     "Pairs, tokens, steps an epoch"
     s, t = corpus.train.source_lengths, corpus.train.target_lengths
     budget, about = train.tokens_per_batch, "" if corpus.prepared else "about "
-    things = {"pairs": "pairs", "text": "windows of text", "labelled": "texts"}[kind]
-    found.lines["corpus"] = f"{corpus.name}: {about}{corpus.pairs:,} training {things}"
+    found.lines["corpus"] = f"{corpus.name}: {about}{corpus.pairs:,} training {corpus.train.things}"
     sides = f"{s.mean():.1f} source and {t.mean():.1f} target tokens each" if kind == "pairs" else \
         f"{np.maximum(s, t).mean():.1f} tokens each"
     found.lines["tokens"] = sides + ("" if corpus.prepared
@@ -221,7 +221,7 @@ def _batch_bytes(model: Transformer, rows: int, length: int) -> float:
         block = (estimate() - kept) / sum(isinstance(m, EncoderBlock | DecoderBlock) for m in model.modules())
         model.recompute = True
     c, tokens = model.config, rows * length
-    logits = 4 * c.target_vocab_size * (min(CHUNK, tokens) + c.d_model)        # of a chunk, and its gradient's product
+    logits = 4 * model.output.out_features * (min(CHUNK, tokens) + c.d_model)  # of a chunk, and its gradient's product
     gradients = 4 * tokens * 2 * (c.d_ff + c.d_model)                          # of a block's inner vectors
     return 1.1 * (kept + max(block + gradients, logits))                             # a tenth is what allocators waste
 
@@ -280,7 +280,8 @@ def _tell_time(found: DryRun, model, optimiser, corpus: _Corpus, train: TrainCon
         is_packed(train, device))
     world, precision = accelerator.num_processes, accelerator.mixed_precision.replace("no", "float32")
     a_step = seconds * train.tokens_per_batch / cells * math.ceil(train.accumulate / world) + adam_seconds
-    rate = training_flops(config, s[rows], t[rows]) / seconds
+    classes = len(corpus.labels or ())
+    rate = training_flops(config, s[rows], t[rows], classes) / seconds
     ceiling = matmul_ceiling(precision, accelerator.device)
     found.numbers |= {"seconds_a_step": a_step, "flop_rate": rate, "flop_ceiling": ceiling}
     where = accelerator.device.type + (f" × {world}" if world > 1 else "")
@@ -289,7 +290,8 @@ def _tell_time(found: DryRun, model, optimiser, corpus: _Corpus, train: TrainCon
     found.lines["use"] = f"{rate / 1e9:,.0f} GFLOP/s, {rate / ceiling:.0%} of what large matrix products reach here"
     if not (steps := found.numbers.get("steps")): return
     found.numbers["hours"] = hours = a_step * steps / 3600
-    found.numbers["flops"] = flops = training_flops(config, s, t) / len(s) * corpus.pairs * found.numbers["epochs"]
+    flops = training_flops(config, s, t, classes) / len(s) * corpus.pairs * found.numbers["epochs"]
+    found.numbers["flops"] = flops
     found.lines["time"] = f"{_span(hours)} for {steps:,} steps and {flops:.2g} FLOPs here, validation not counted"
 
 def _span(hours: float) -> str:
@@ -302,12 +304,13 @@ def dry_run(
     model: TransformerConfig,
     train: TrainConfig,
     prepared_folder: Path | None = None, # where `preprocess` may have left the corpus, RUN/data; RUN will take the run
+    tokenizers: TokenizerPair | None = None, # of the run that it will begin with
 ) -> DryRun:
     """Everything but the training: is the corpus there, does it fit, how long will it take, is there space for it?
     Writes nothing. What is wrong is collected in `problems`, not raised."""
     found, corpus, config, accelerator = DryRun(), None, None, None
     with found.looking_at("devices"): accelerator = _meet(train, prepared_folder)
-    with found.looking_at("corpus"): corpus = _look_at_corpus(data, prepared_folder)
+    with found.looking_at("corpus"): corpus = _look_at_corpus(data, prepared_folder, tokenizers)
     if corpus:
         packed = accelerator is not None and is_packed(train, accelerator.device)
         with found.looking_at("batches"): _tell_corpus(found, corpus, train, data.max_length, packed, data.kind)

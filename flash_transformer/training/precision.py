@@ -95,7 +95,8 @@ def compile_blocks(model: Transformer):
 def training_flops(
     config: TransformerConfig,
     source_lengths: np.ndarray, # real tokens of each source sentence, with </s>
-    target_lengths: np.ndarray, # labels of each target sentence
+    target_lengths: np.ndarray, # labels of each target sentence; of an encoder alone, of each text
+    classes: int = 0,           # of a `Classifier`
 ) -> int:                       # floating-point operations, a multiplication and an addition being two
     """Matrix products of the forward and the backward pass over these pairs, attention's squares counted whole (as in
     Chowdhery et al. 2022, appendix B); without padding, recomputation, norms and other small things"""
@@ -110,7 +111,8 @@ def training_flops(
     forward = encoder * (block * s + 4 * width * ss)                                         # scores, values
     forward += decoder * (block * t + 4 * width * tt)
     if encoder: forward += decoder * (4 * d * (width * t + narrow * s) + 4 * width * st)     # cross-attention
-    forward += 2 * t * d * (config.target_vocab_size or 0)
+    if not decoder: forward += 2 * t * d * d                        # the head's own matrix, before its output
+    forward += 2 * t * d * (classes or (config.target_vocab_size if decoder else config.source_vocab_size) or 0)
     return 3 * forward      # the backward pass makes two products of each: one for its input, one for its weight
 
 # %% ../../nbs/4_training/02_precision.ipynb #59d07f2b

@@ -189,11 +189,12 @@ class _Meter:
         sums = self.smoothed, self.plain, self.balance
         return tuple(float(add_up(torch.as_tensor(x).cpu().double())) for x in sums)
 
-    def read(self, ceiling: float) -> dict: # FLOP/s of all processes together
+    def read(self, ceiling: float, tokens_a_label: float) -> dict: # FLOP/s of all processes together
         smoothed, plain, balance = self.losses()
         seconds = time.perf_counter() - self.start
         return {"loss": smoothed / self.tokens, "plain_loss": plain / self.tokens, "tokens": self.tokens,
-            "tokens_per_second": round(self.tokens / seconds), "utilisation": self.flops / seconds / ceiling,
+            "tokens_per_second": round(self.tokens * tokens_a_label / seconds),
+            "utilisation": self.flops / seconds / ceiling,
             "seconds": seconds} | ({"balance": balance / self.tokens} if balance else {})
 
 # %% ../../nbs/4_training/05_trainer.ipynb #fc334bfa
@@ -249,7 +250,8 @@ class _Stepper:
         pairs, rows = self.course.window, np.concatenate(group)
         tokens = int(pairs.target_lengths[rows].sum())
         self.meter.tokens += tokens
-        self.meter.flops += training_flops(self.bare.config, pairs.source_lengths[rows], pairs.target_lengths[rows])
+        self.meter.flops += training_flops(self.bare.config, pairs.source_lengths[rows], pairs.target_lengths[rows],
+            len(getattr(self.bare, "labels", ())))
         mine = share(list(enumerate(group)), self.rank, self.world)
         for i, ((index, rows), counts) in enumerate(mine, 1):
             batch = self.course.batch(rows).to(self.accelerator.device, non_blocking=True)
@@ -307,7 +309,7 @@ class _Reporter(_Keeper):
     "Metrics and validation of a `Trainer`"
     def _log(self) -> dict:
         "A line of metrics over the steps since the last one; returns what the progress bar shows of it"
-        line = self.meter.read(self.ceiling * self.world)
+        line = self.meter.read(self.ceiling * self.world, self.course.pairs.tokens_a_label)
         if not math.isfinite(line["loss"]): self._diverged(f"the loss is {line['loss']}")
         norm = float(full_tensor(self.norm)) # infinite where fp16's scaler skipped a step: JSON has no word for that
         line |= {"gradient_norm": norm if math.isfinite(norm) else None, "memory": peak_memory(self.accelerator.device),
@@ -362,7 +364,6 @@ class _Bounds(_Reporter):
         self.ceiling = _ceiling(self.precision, self.accelerator.device)
         if self.config.trackers: self.accelerator.init_trackers("flash_transformer")
         if not self._finished() and not self.course.plan: self.course.open()
-        self.last_step = self._last_step()
 
     def _finished(self) -> bool:
         c, at = self.config, self.at
@@ -370,7 +371,7 @@ class _Bounds(_Reporter):
             or at.since_best >= (c.patience or math.inf))
 
     def _last_step(self) -> int | None:
-        "None where it cannot be told beforehand; an epoch has one plan, of as many steps each time"
+        "As the first epoch's plan has it, from which later ones differ by a few steps; None where it cannot be told"
         c, steps = self.config, [self.config.max_steps]
         if c.max_epochs and not self.course.streamed:
             steps.append(math.ceil(len(self.course.plan) / c.accumulate) * c.max_epochs)
@@ -383,11 +384,12 @@ class _Bounds(_Reporter):
 
 # %% ../../nbs/4_training/05_trainer.ipynb #2c546a89
 class Trainer(_Bounds):
-    """Trains a `Transformer`, or on texts a `CausalLM`; leaves `checkpoints/`, `metrics.jsonl` and `model.safetensors`
-    in the run folder. Started by torchrun or `accelerate launch` it is one of several processes, sharing the work."""
+    """Trains a `Transformer`; on texts a `CausalLM`, a `MaskedLM` or a `Classifier`. Leaves `checkpoints/`,
+    `metrics.jsonl` and `model.safetensors` in the run folder. Started by torchrun or `accelerate launch` it is one of
+    several processes, sharing the work."""
     def __init__(self,
         model: Transformer,       # trained in place; the same in all processes
-        train,                    # pairs to learn from: `EncodedPairs`, `EncodedText`, or `StreamedPairs`
+        train,                    # pairs to learn from: `EncodedPairs`, one of its kinds for texts, or `StreamedPairs`
         validation: EncodedPairs, # pairs to validate on
         config: TrainConfig,      # how
         run: str | Path,          # folder that takes what the run leaves
@@ -418,6 +420,7 @@ class Trainer(_Bounds):
         elif config.schedule == "cosine" and not config.max_steps:
             raise ValueError("train.schedule cosine must know the last step, and nobody knows how many an epoch of a "
                 "stream has: set train.max_steps")
+        self.last_step = self._last_step()                                  # now, from the first epoch, resumed or not
 
     def fit(self,
         resume: bool = False, # go on from the newest checkpoint in the run folder
