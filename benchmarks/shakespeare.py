@@ -11,11 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from flash_transformer.data import load_text
 from flash_transformer.language import TextGenerator, score_text
-from flash_transformer.training import matmul_ceiling, training_flops
+from flash_transformer.training import training_flops
 from flash_transformer.translation import open_run
 
 OUT = Path(__file__).parent / "results" / "shakespeare.json"
@@ -44,12 +42,12 @@ def main():
     generator, (model, _, _, data) = TextGenerator.from_run(options.run), open_run(options.run)
     text = load_text(data["train"], data["validation"], corpus=data["corpus"], path=data["path"])["validation"]
     score = score_text(generator, text)
-    length, device = generator.context, torch.device("cpu")
-    found = curves(options.run) | {
+    length, found = generator.context, curves(options.run)
+    found |= {
         "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": model.config.target_vocab_size,
-        "flops_a_token": training_flops(model.config, [0], [length]) / length, "wall_minutes": options.wall_minutes,
-        "threads": torch.get_num_threads(),
-        "ceiling": {name: round(matmul_ceiling(name, device) / 1e9) for name in ("float32", "bf16")}, # GFLOP/s
+        "flops_a_token": (flops := training_flops(model.config, [0], [length]) / length),
+        "wall_minutes": options.wall_minutes,
+        "gflops": round(found["tokens_per_second"] * flops / 1e9),
         "score": {"tokens": score.tokens, "characters": score.characters, "loss": round(score.loss, 4),
                   "per_character": round(score.per_character, 4)},
         "prompted": generator.write("ROMEO:", max_new_tokens=400, temperature=0.8)}
