@@ -467,7 +467,8 @@ def test_labels_that_the_model_has_not(trained, tmp_path, command):
 
 
 @pytest.mark.parametrize("options, names", [("--temperature -1", "temperature"), ("--top_p 2", "top_p"),
-    ("--max_new_tokens 0", "max_new_tokens"), ("--prompt 東", "'東'"), ("--device cuda:77", "cuda:77")])
+    ("--max_new_tokens 0", "max_new_tokens"), ("--prompt 東", "'東'"), ("--seed -1", "seed"),
+    ("--seed 99999999999999999999999", "seed"), ("--device cuda:77", "cuda:77")])
 def test_sample_that_is_wrong(trained, command, options, names):
     wrong(command("sample", trained / "char", *options.split()), names)
 

@@ -37,6 +37,7 @@ class SampleConfig:
             raise ValueError(f"sample.top_k must be at least 1, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"sample.top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.seed < 2**63: raise ValueError(f"sample.seed must be from 0 to 2**63 - 1, not {self.seed}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"sample.repetition_penalty must be above 0, not {self.repetition_penalty}")
 

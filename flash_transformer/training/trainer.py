@@ -189,7 +189,7 @@ class _Meter:
         sums = self.smoothed, self.plain, self.balance
         return tuple(float(add_up(torch.as_tensor(x).cpu().double())) for x in sums)
 
-    def read(self, ceiling: float, tokens_a_label: float) -> dict: # FLOP/s of all processes together
+    def read(self, ceiling: float, tokens_a_label: float = 1.0) -> dict: # FLOP/s of all processes together
         smoothed, plain, balance = self.losses()
         seconds = time.perf_counter() - self.start
         return {"loss": smoothed / self.tokens, "plain_loss": plain / self.tokens, "tokens": self.tokens,
