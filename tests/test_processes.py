@@ -71,7 +71,7 @@ def test_alone_nothing_is_distributed():
     model = small_model()
     for parallel in ("ddp", "fsdp"):
         wrapped, optimiser = distribute(model, lambda p: adam(p, 1e-3), parallel, accelerator)
-        assert wrapped is model and type(optimiser.optimizer) is torch.optim.Adam
+        assert wrapped is model and type(optimiser.optimizer) is torch.optim.AdamW
     assert agree(3) == 3 and add_up(torch.tensor(2.)) == 2
     weight = model.output.weight
     assert full_tensor(weight) is weight and distribute_like(torch.ones(2), weight).equal(torch.ones(2))

@@ -342,6 +342,8 @@ def test_tracker_that_is_not_there(make, monkeypatch):
 
 class Windows:
     "Some rows of `pairs` at a time; remembers what it was asked for"
+    tokens_a_label = 1.
+
     def __init__(self, pairs, parts): self.parts, self.pairs, self.asked = parts, pairs, []
 
     def window(self, epoch, index):

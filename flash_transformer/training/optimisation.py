@@ -151,7 +151,7 @@ def adam(
     """Adam with the paper's β₁ 0.9, β₂ 0.98, ε 1e-9 (Vaswani et al. 2017, section 5.3); weights decay apart from the
     gradient (Loshchilov & Hutter 2019, algorithm 2), biases and norms never do"""
     parameters = list(parameters)
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+    groups = [{"params": [p for p in parameters if p.dim() > 1]},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.98), eps=1e-9,
-        fused=True)
+        weight_decay=weight_decay, fused=True)
