@@ -111,7 +111,7 @@ def test_experts_as_one_process(prepared, metrics, tmp_path, parallel):
 @pytest.mark.parametrize("world, parallel", [(2, "fsdp"), pytest.param(4, "ddp", marks=pytest.mark.long)])
 def test_as_one_process_in_float32(trained, metrics, world, parallel):
     """Not further from one process in float64 than one process in float32 is, but for chance: at most twice as far. A
-    logged number is few sums in float32, and one process may be lucky in them: it counts as no nearer than rounding once
+    logged number is few sums in float32, and one process may be lucky in them: it counts as no nearer than one rounding
     brings it, a step of float32 over √12"""
     exact, one, several = trained(1, 4), trained(1, 4, dtype="float32"), trained(world, 4, parallel, "float32")
     for name in "loss", "validation_loss", "gradient_norm":
